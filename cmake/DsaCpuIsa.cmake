@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+# dsa_cpu_isa(target source): compiles `source` once for each instruction set of this architecture,
+# with DSA_CPU_ISA naming it, and adds the objects to `target`. cpu/simd/select.cpp picks at run time.
+function(dsa_cpu_isa target source)
+  if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
+    set(isas "baseline=-march=x86-64-v2" "avx2=-march=x86-64-v3" "avx512=-march=x86-64-v4")
+  else()
+    set(isas "baseline=")
+  endif()
+  foreach(entry IN LISTS isas)
+    string(REGEX MATCH "^([a-z0-9]+)=(.*)$" _ ${entry})
+    set(objects ${target}_${CMAKE_MATCH_1})
+    add_library(${objects} OBJECT ${source})
+    target_include_directories(${objects} PRIVATE $<TARGET_PROPERTY:${target},INCLUDE_DIRECTORIES>)
+    target_compile_definitions(${objects} PRIVATE DSA_CPU_ISA=${CMAKE_MATCH_1})
+    target_compile_options(${objects} PRIVATE ${CMAKE_MATCH_2} -O3)
+    dsa_warnings(${objects})
+    target_sources(${target} PRIVATE $<TARGET_OBJECTS:${objects}>)
+  endforeach()
+endfunction()
