@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m dsa_ext``: a report of this installation, for bug threads."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import torch
+
+import dsa_ext
+from dsa_ext import _C
+
+
+def _where(kernel: _C.Kernel) -> str:
+    """Say whether a kernel can run on this machine."""
+    if kernel["device"] == "cpu":
+        return "yes"
+    return "yes" if _C.cuda_devices() else "no: no CUDA device"
+
+
+def report() -> str:
+    """Return versions, devices, and every kernel with whether it can run here."""
+    info = _C.build_info()
+    cuda = f"{info['cuda']} (archs {info['cuda_archs']})" if info["cuda"] else "not built"
+    devices = [f"{d['name']} (SM{d['arch']}, {d['num_sms']} SMs)" for d in _C.cuda_devices()]
+    settings = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("DSA_")]
+    lines = [
+        f"dsa_ext      {dsa_ext.__version__}",
+        f"python       {platform.python_version()} on {platform.platform()}",
+        f"torch        {torch.__version__} (built with {info['torch']}, stable ABI 2.11)",
+        f"compiler     {info['compiler']}",
+        f"CPU          {info['cpu_isa']} kernels, {torch.get_num_threads()} threads",
+        f"CUDA build   {cuda}",
+        f"CUDA devices {', '.join(devices) or 'none visible'}",
+        f"settings     {' '.join(settings) or 'none (DSA_LOG, DSA_FORCE_KERNEL, DSA_CPU_ISA)'}",
+        "",
+        f"{'op':32} {'kernel':36} {'runs here':10} takes",
+    ]
+    lines += [
+        f"{k['op']:32} {k['id']:36} {_where(k):10} {k['takes']}"
+        for k in sorted(_C.kernels(), key=lambda k: k["op"])
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())
