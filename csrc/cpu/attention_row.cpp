@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of one query token over rows of the latent cache; tiles and memory stand in attention_row.h.
+// Attention of one query token over rows of the latent cache; tiles and memory stand in
+// attention_row.h.
 //
-// Scores that are not finite: -inf is a probability of 0, and a row all of them is an empty row (out 0, lse
-// +inf, max_logits -inf); NaN and +inf make the head's out and lse NaN.
+// Scores that are not finite: -inf is a probability of 0, and a row all of them is an empty row
+// (out 0, lse +inf, max_logits -inf); NaN and +inf make the head's out and lse NaN.
 #include "cpu/attention_row.h"
 
 #include <cmath>
@@ -59,7 +60,7 @@ static_assert(MlaV32Layout::kDimRope == 64 && MlaV4Layout::kDimRope == 64);
 
 }  // namespace
 
-// ---- rows ------------------------------------------------------------------------------------------
+// ---- rows ---------------------------------------------------------------------------------------
 
 LatentRows LatentRows::flat(const TensorView& kv) {
   LatentRows rows;
@@ -98,19 +99,15 @@ void LatentRows::load(const MicroKernels& kernels, std::int64_t slot, float* dst
   const std::int64_t token = slot % page_size_;
   const auto* half = reinterpret_cast<const std::uint16_t*>(page + token * token_stride_);
   switch (format_) {
-    case Format::kBf16:
-      return kernels.bf16_to_f32(dim_, half, dst);
-    case Format::kF16:
-      return kernels.f16_to_f32(dim_, half, dst);
-    case Format::kMlaV32:
-      return load_v32(kernels, page, token, dst);
-    case Format::kMlaV4:
-      return load_v4(kernels, page, token, dst);
+    case Format::kBf16: return kernels.bf16_to_f32(dim_, half, dst);
+    case Format::kF16: return kernels.f16_to_f32(dim_, half, dst);
+    case Format::kMlaV32: return load_v32(kernels, page, token, dst);
+    case Format::kMlaV4: return load_v4(kernels, page, token, dst);
   }
 }
 
-void LatentRows::load_v32(const MicroKernels& kernels, const std::uint8_t* page,
-                          std::int64_t token, float* dst) const {
+void LatentRows::load_v32(const MicroKernels& kernels, const std::uint8_t* page, std::int64_t token,
+                          float* dst) const {
   using Layout = MlaV32Layout;
   float scales[Layout::kNumScales];
   std::memcpy(scales, page + Layout::scales(token), sizeof(scales));
@@ -162,7 +159,7 @@ int DenseCursor::next(int most, RowRef* refs) {
   return n;
 }
 
-// ---- attention -------------------------------------------------------------------------------------
+// ---- attention ----------------------------------------------------------------------------------
 
 AttentionRow::AttentionRow(int max_heads, int d_qk, int d_v)
     : kernels_(microkernels()),
@@ -205,11 +202,10 @@ void AttentionRow::attend(const HeadGroup& group, RowCursor& rows) {
   for (int h = 0; h < heads_; ++h) finish_head(group, h);
 }
 
-// q^T, converted. The tile buffer is free yet and holds the heads as rows, a step of them at a time.
+// q^T, converted. The tile buffer, free yet, holds the heads as rows, a step of them at a time.
 void AttentionRow::load_query(const HeadGroup& group) {
   float* rows = tile_.get();
-  const auto convert =
-      group.dtype == DType::kBFloat16 ? kernels_.bf16_to_f32 : kernels_.f16_to_f32;
+  const auto convert = group.dtype == DType::kBFloat16 ? kernels_.bf16_to_f32 : kernels_.f16_to_f32;
   for (int first = 0; first < padded_heads_; first += kHeadStep) {
     for (int i = 0; i < kHeadStep; ++i) {
       const int h = first + i;
@@ -265,7 +261,8 @@ void AttentionRow::softmax_tile(int head, int n) {
     }
     return;
   }
-  if (new_max != old_max && old_max != -kInf) {  // before the first score there is nothing to rescale
+  if (new_max != old_max &&
+      old_max != -kInf) {  // before the first score there is nothing to rescale
     const float factor = std::exp2(old_max - new_max);
     sum *= factor;
     kernels_.scale(d_v_, factor, out_.get() + head * out_stride_);

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of one query token, for a group of its heads, over rows of the latent cache: the part that
-// sparse prefill and cached decoding share.
+// Attention of one query token, for a group of its heads, over rows of the latent cache: the part
+// that sparse prefill and cached decoding share.
 //
-// Valid rows are taken kTileTokens at a time and dequantised into an fp32 tile; an invalid slot never gets
-// that far. A tile is K of the scores and, in its first d_v columns, V of the output:
+// Valid rows are taken kTileTokens at a time and dequantised into an fp32 tile; an invalid slot
+// never gets that far. A tile is K of the scores and, in its first d_v columns, V of the output:
 //   scores^T [tokens, heads] = tile [tokens, d_qk] . q^T [d_qk, heads]     gemm
 //   online softmax in base 2: p [heads, tokens], running maximum and sum a head
 //   out [heads, d_v] += p . tile[:, :d_v]                                   gemm, fp32
 // so neither the tile nor V is ever transposed, only the scores (d_qk times smaller).
-// Memory of a worker, fp32, 128 heads, d_qk 576, d_v 512: q 324 KiB, tile 148 KiB, scores 36 KiB, p 40 KiB,
-// out 264 KiB: about 0.8 MiB, which fits a 1 MiB L2.
+// Memory of a worker, fp32, 128 heads, d_qk 576, d_v 512: q 324 KiB, tile 148 KiB, scores 36 KiB, p
+// 40 KiB, out 264 KiB: about 0.8 MiB, which fits a 1 MiB L2.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,7 @@ class LatentRows {
   LatentRows() = default;
   // A flat tensor bf16 | f16 [s_kv, 1, d_qk].
   static LatentRows flat(const TensorView& kv);
-  // A paged cache: bf16 | f16 [pages, page_size, 1, d_qk], or bytes [pages, page_size, 1, 656 | 584].
+  // A paged cache [pages, page_size, 1, d]: bf16 | f16 (d = d_qk), or bytes (d = 656 | 584).
   static LatentRows paged(const TensorView& cache);
 
   std::int64_t num_slots() const { return num_pages_ * page_size_; }
@@ -140,8 +140,8 @@ class AttentionRow {
 
   const MicroKernels& kernels_;
   int d_qk_, d_v_;
-  int heads_ = 0;          // of the group at work
-  int padded_heads_ = 0;   // heads_ rounded up to whole vectors: zeros in q, ignored in the scores
+  int heads_ = 0;         // of the group at work
+  int padded_heads_ = 0;  // heads_ rounded up to whole vectors: zeros in q, ignored in the scores
   int q_stride_, tile_stride_, out_stride_;
   FloatBuffer q_;       // [d_qk, q_stride]: transposed
   FloatBuffer tile_;    // [kTileTokens, tile_stride]
@@ -153,7 +153,7 @@ class AttentionRow {
   FloatBuffer tile_max_;
 };
 
-// Cuts the heads of `tokens` query tokens into groups, so that a small batch still feeds every thread.
+// Heads a work item, of `tokens` query tokens: a small batch still has to feed every thread.
 int heads_per_group(int num_heads, std::int64_t tokens);
 
 }  // namespace dsa::cpu

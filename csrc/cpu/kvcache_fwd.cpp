@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Decode attention over a paged latent cache, sparse (slots) or dense (block table). A work item is one
-// query token and a group of heads; the tile loop stands in attention_row.h.
+// Decode attention over a paged latent cache, sparse (slots) or dense (block table). A work item is
+// one query token and a group of heads; the tile loop stands in attention_row.h.
 // Memory: the output and an AttentionRow a worker.
 #include <algorithm>
 
@@ -35,19 +35,20 @@ HeadGroup head_group(const KvCacheFwdParams& p, Token t, std::int64_t first, int
   g.out = p.out.ptr<std::uint16_t>() + t.b * p.out.stride(0) + t.j * p.out.stride(1) +
           first * p.out.stride(2);
   g.out_stride = p.out.stride(2);
-  g.lse = p.lse.ptr<float>() + t.b * p.lse.stride(0) + first * p.lse.stride(1) +
-          t.j * p.lse.stride(2);
+  g.lse =
+      p.lse.ptr<float>() + t.b * p.lse.stride(0) + first * p.lse.stride(1) + t.j * p.lse.stride(2);
   g.lse_stride = p.lse.stride(1);
   return g;
 }
 
 // The slots of one cache for a token; none when the op got no such cache.
-SparseCursor::List slots(const LatentRows& rows, const TensorView& indices, const TensorView& length,
-                         Token t) {
+SparseCursor::List slots(const LatentRows& rows, const TensorView& indices,
+                         const TensorView& length, Token t) {
   if (!indices.defined()) return {};
   std::int64_t count = indices.size(2);
   if (length.defined()) {
-    const std::int64_t at = t.b * length.stride(0) + (length.ndim == 2 ? t.j * length.stride(1) : 0);
+    const std::int64_t at =
+        t.b * length.stride(0) + (length.ndim == 2 ? t.j * length.stride(1) : 0);
     count = std::clamp<std::int64_t>(length.ptr<const std::int32_t>()[at], 0, count);
   }
   const auto* first = indices.ptr<const std::int32_t>() + t.b * indices.stride(0);
@@ -83,8 +84,8 @@ Status kvcache_fwd(const KvCacheFwdParams& p) {
                             : p.extra_indices.defined()
                                 ? p.indices.size(2) + p.extra_indices.size(2)
                                 : p.indices.size(2);
-  const double flops = 2.0 * (d_qk + d_v) * num_heads * static_cast<double>(tokens) *
-                       static_cast<double>(keys);
+  const double flops =
+      2.0 * (d_qk + d_v) * num_heads * static_cast<double>(tokens) * static_cast<double>(keys);
   for_each_item(
       {tokens * groups, flops, AttentionRow::bytes(group_heads, d_qk, d_v)},
       [&] { return AttentionRow(group_heads, d_qk, d_v); },

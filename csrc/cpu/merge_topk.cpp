@@ -7,7 +7,6 @@
 #include "core/float_order.h"
 #include "cpu/cpu_kernels.h"
 #include "cpu/tensor_rows.h"
-#include "cpu/topk_row.h"
 #include "dsa/parallel.h"
 
 namespace dsa::cpu {
@@ -40,26 +39,34 @@ class RowMerger {
   }
 
   void run(std::int64_t row) {
-    const TensorView& scores = params_.scores;
-    const TensorView& indices = params_.indices;
-    const ScoreRow score_row{element(scores.data, scores.dtype, row * scores.stride(0)),
-                             scores.dtype, scores.stride(1)};
-    const std::int32_t* index_row = indices.ptr<const std::int32_t>() + row * indices.stride(0);
-
     candidates_.clear();
-    for (std::int64_t position = 0; position < scores.size(1); ++position) {
-      const std::int32_t index = index_row[position * indices.stride(1)];
+    for (std::int64_t position = 0; position < params_.scores.size(1); ++position) {
+      const std::int32_t index = index_at(row, position);
       if (index < 0) continue;
       if (candidates_.size() == capacity_) keep_best();
       candidates_.push_back(
-          {ordered_key(score_row.at(position)), index, static_cast<std::int32_t>(position)});
+          {ordered_key(score_at(row, position)), index, static_cast<std::int32_t>(position)});
     }
     keep_best();
     std::sort(candidates_.begin(), candidates_.end(), earlier);
-    write(row, score_row);
+    write(row);
   }
 
  private:
+  std::int32_t index_at(std::int64_t row, std::int64_t position) const {
+    const TensorView& indices = params_.indices;
+    return indices
+        .ptr<const std::int32_t>()[row * indices.stride(0) + position * indices.stride(1)];
+  }
+
+  float score_at(std::int64_t row, std::int64_t position) const {
+    const TensorView& scores = params_.scores;
+    const std::int64_t offset = row * scores.stride(0) + position * scores.stride(1);
+    float score;
+    load_as_float(element(scores.data, scores.dtype, offset), scores.dtype, 1, 1, &score);
+    return score;
+  }
+
   void keep_best() {
     const auto k = static_cast<std::size_t>(params_.topk);
     if (candidates_.size() <= k) return;
@@ -68,7 +75,7 @@ class RowMerger {
     candidates_.resize(k);
   }
 
-  void write(std::int64_t row, const ScoreRow& score_row) const {
+  void write(std::int64_t row) const {
     const auto count = static_cast<std::int64_t>(candidates_.size());
     std::int32_t* out =
         params_.out_indices.ptr<std::int32_t>() + row * params_.out_indices.stride(0);
@@ -79,7 +86,7 @@ class RowMerger {
 
     float* out_scores = params_.out_scores.ptr<float>() + row * params_.out_scores.stride(0);
     for (std::int64_t i = 0; i < count; ++i) {
-      out_scores[i] = score_row.at(candidates_[static_cast<std::size_t>(i)].position);
+      out_scores[i] = score_at(row, candidates_[static_cast<std::size_t>(i)].position);
     }
     std::fill(out_scores + count, out_scores + params_.topk,
               -std::numeric_limits<float>::infinity());

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Indexer logits, flat and paged. A work item is a block of query rows by kSpanKeys keys (mqa_tile.h); it
-// writes the logits of those keys and, when asked, -inf over the same span of columns outside the windows.
+// Indexer logits, flat and paged. A work item is a block of query rows by kSpanKeys keys
+// (mqa_tile.h); it writes the logits of those keys and, when asked, -inf over the same span of
+// columns outside the windows.
 // Memory: the output and a tile a worker.
 #include <limits>
 
@@ -14,7 +15,7 @@ namespace {
 
 constexpr std::int64_t kSpanKeys = 8 * kTileKeys;
 
-// The output; row r's first column is key origin(r).
+// The output: column c of a row is key c, or, relative, key c of the row's window.
 class LogitsWriter {
  public:
   LogitsWriter(const TensorView& out, bool columns_are_relative)

@@ -21,8 +21,8 @@ Bytes zip_high(Bytes a, Bytes b) {
                                  31);
 }
 
-// rows[i][j] <-> rows[j][i]. Each of the four steps rotates the eight bits of an element's index (row, column)
-// by one; four of them exchange the row and the column.
+// rows[i][j] <-> rows[j][i]. Each of the four steps rotates the eight bits of an element's index
+// (row, column) by one; four of them exchange the row and the column.
 void transpose(Bytes (&rows)[kBytes]) {
   for (int step = 0; step < 4; ++step) {
     Bytes next[kBytes];
@@ -162,9 +162,9 @@ QueryBlock BlockGrid::block(std::int64_t index) const {
     const Window w = problem.window(block.first_row + r);
     block.windows[r] = w;
     if (w.size() == 0) continue;
-    block.all = block.all.size() == 0 ? w
-                                      : Window{std::min(block.all.begin, w.begin),
-                                               std::max(block.all.end, w.end)};
+    block.all = block.all.size() == 0
+                    ? w
+                    : Window{std::min(block.all.begin, w.begin), std::max(block.all.end, w.end)};
   }
   return block;
 }
@@ -174,8 +174,8 @@ int choose_block_rows(const MqaProblem& problem, std::int64_t bytes_per_row) {
   const std::int64_t row_bytes =
       std::int64_t{problem.num_heads} * problem.head_dim * 4 + bytes_per_row;
   const std::int64_t most = std::min<std::int64_t>(problem.rows_per_group, kBlockRows);
-  return static_cast<int>(std::clamp<std::int64_t>(kBlockBytes / row_bytes, 1,
-                                                   std::max<std::int64_t>(most, 1)));
+  return static_cast<int>(
+      std::clamp<std::int64_t>(kBlockBytes / row_bytes, 1, std::max<std::int64_t>(most, 1)));
 }
 
 }  // namespace dsa::cpu

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // The indexer's tile engine, shared by the logits ops and the fused top-k ops.
 //
-// A problem is a number of groups of query rows; the rows of a group look at the same keys (prefill: one
-// group, a flat key tensor; paged: a group a request). A block of up to kBlockRows rows meets a tile of
-// kTileKeys keys at a time:
-//   keys     e4m3 rows -> bytes transposed in 16 x 16 blocks -> fp32 [D, kTileStride], once for the block;
+// A problem is a number of groups of query rows; the rows of a group look at the same keys
+// (prefill: one group, a flat key tensor; paged: a group a request). A block of up to kBlockRows
+// rows meets a tile of kTileKeys keys at a time:
+//   keys     e4m3 rows -> bytes transposed in 16 x 16 blocks -> fp32 [D, kTileStride], once for the
+//            block;
 //   scores   relu_weighted_sum(H, keys, D) a row of the block, times k_scale.
-// Only keys inside the union of the block's windows are read, and a row is scored over its window alone.
-// Memory of a worker (H = 64, D = 128): queries 16 x H x D fp32 = 512 KiB, tile 72 KiB + bytes 16 KiB: the
-// tile and the row at work stay in L2.
+// Only keys between the ends of the block's windows are read; a row is scored over its own window.
+// Memory of a worker (H = 64, D = 128): queries 16 x H x D fp32 = 512 KiB, tile 72 KiB + bytes 16
+// KiB: the tile and the row at work stay in L2.
 #pragma once
 
 #include <algorithm>
@@ -23,8 +24,8 @@
 namespace dsa::cpu {
 
 inline constexpr int kTileKeys = 128;
-// The padding spreads the rows of a column panel over the sets of L1, and lets the last panel of a row's
-// keys be read in full vectors.
+// The padding spreads the rows of a column panel over the sets of L1, and lets the last panel of a
+// row's keys be read in full vectors.
 inline constexpr int kTileStride = kTileKeys + 16;
 inline constexpr int kBlockRows = 16;
 inline constexpr int kMaxHeadDim = 128;
@@ -141,8 +142,8 @@ class MqaTile {
 
   void load_queries(const QueryBlock& block);
   void load_keys(std::int64_t group, std::int64_t first, int n);
-  // The scores of n loaded keys, from the key `first` of the tile, for a row of the block. `scores` has room
-  // for n rounded up to a multiple of 16.
+  // The scores of n loaded keys, from the key `first` of the tile, for a row of the block. `scores`
+  // has room for n rounded up to a multiple of 16.
   void score(int row_in_block, int first, int n, float* scores) const;
 
  private:
@@ -168,8 +169,8 @@ struct BlockGrid {
 // Rows a block, so that its queries and `bytes_per_row` more a row stay in L2.
 int choose_block_rows(const MqaProblem& problem, std::int64_t bytes_per_row);
 
-// Calls emit(row_in_block, first_key, n, scores) for all keys of the rows' windows inside `range`, in
-// ascending tiles. The block's queries are loaded.
+// Calls emit(row_in_block, first_key, n, scores) for all keys of the rows' windows inside `range`,
+// in ascending tiles. The block's queries are loaded.
 template <typename Emit>
 void score_keys(const QueryBlock& block, Window range, MqaTile& tile, Emit&& emit) {
   float scores[kTileKeys];

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Indexer scores straight to the k best keys, flat and paged, through the tile engine of mqa_tile.h.
+// Indexer scores straight to the k best keys, flat and paged, through the tile engine of
+// mqa_tile.h.
 //
-// A work item is a block of query rows by a range of keys. Its rows keep at most k candidates each; a chunk of
-// new scores is appended and select_topk cuts the row back to k. Candidates stand in ascending key order, so
-// that ties go to the lower key, and the k best of (k best so far + chunk) are the k best of all: the result is
-// exact whatever the cuts. Few rows with many keys are cut into several ranges, whose candidates a second
-// pass merges the same way.
-// Memory: a worker's block of queries, one tile of keys and its candidates, within kWorkspaceBudget; the
-// ranges' candidates, within kRangeCandidateBytes.
+// A work item is a block of query rows by a range of keys. Its rows keep at most k candidates each;
+// a chunk of new scores is appended and select_topk cuts the row back to k. Candidates stand in
+// ascending key order, so that ties go to the lower key, and the k best of (k best so far + chunk)
+// are the k best of all: the result is exact whatever the cuts. Few rows with many keys are cut
+// into several ranges, whose candidates a second pass merges the same way.
+// Memory: a worker's block of queries, one tile of keys and its candidates, within
+// kWorkspaceBudget; the ranges' candidates, within kRangeCandidateBytes.
 #include <limits>
 #include <numeric>
 #include <vector>
@@ -157,8 +158,7 @@ class FusedTopk {
 
   void run() {
     const std::int64_t rows = problem_.num_groups * problem_.rows_per_group;
-    const double flops =
-        score_flops(problem_, problem_.num_keys) * static_cast<double>(rows);
+    const double flops = score_flops(problem_, problem_.num_keys) * static_cast<double>(rows);
     RangeCandidates candidates(ranges_ > 1 ? rows : 0, ranges_, keep_);
     for_each_item(
         {grid_.num_blocks() * ranges_, flops, workspace_bytes()}, [&] { return workspace(); },
@@ -180,15 +180,15 @@ class FusedTopk {
     const std::int64_t rows = problem_.num_groups * problem_.rows_per_group;
     const std::int64_t blocks = std::max<std::int64_t>(grid_.num_blocks(), 1);
     const std::int64_t wanted = 4 * hardware_threads() / blocks;
-    const std::int64_t affordable = kRangeCandidateBytes / (8 * std::max<std::int64_t>(rows * keep_, 1));
+    const std::int64_t affordable =
+        kRangeCandidateBytes / (8 * std::max<std::int64_t>(rows * keep_, 1));
     // A range should be long against what it hands on.
     const std::int64_t worthwhile = problem_.num_keys / std::max(kMinRangeKeys, 2 * keep_);
     return std::max<std::int64_t>(1, std::min({wanted, affordable, worthwhile}));
   }
 
   std::int64_t workspace_bytes() const {
-    return MqaTile::bytes(problem_, grid_.rows) +
-           grid_.rows * RowCandidates::bytes(keep_, chunk_);
+    return MqaTile::bytes(problem_, grid_.rows) + grid_.rows * RowCandidates::bytes(keep_, chunk_);
   }
 
   Workspace workspace() const {
@@ -218,10 +218,9 @@ class FusedTopk {
     const Window keys = {range * range_keys_, (range + 1) * range_keys_};
     if (intersect(keys, block.all).size() > 0) {
       w.tile.load_queries(block);
-      score_keys(block, keys, w.tile,
-                 [&](int r, std::int64_t key, int n, const float* scores) {
-                   w.rows[r].append(scores, key, n);
-                 });
+      score_keys(block, keys, w.tile, [&](int r, std::int64_t key, int n, const float* scores) {
+        w.rows[r].append(scores, key, n);
+      });
     }
     for (int r = 0; r < block.rows; ++r) {
       w.rows[r].cut();

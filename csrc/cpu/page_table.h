@@ -48,7 +48,7 @@ struct PageTable {
 
   // The row of a request; of a request outside [0, B), a row that maps nothing.
   PageTableRow row(std::int64_t request) const {
-    if (request < 0 || request >= block_table.size(0)) return {};
+    if (request < 0 || request >= block_table.size(0) || block_table.size(1) == 0) return {};
     const std::int32_t* entries =
         block_table.ptr<const std::int32_t>() + request * block_table.stride(0);
     return {entries, block_table.size(1), page_size, num_pages};

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sparse prefill attention over a flat 16-bit latent. A work item is one query token and a group of heads,
-// all of them unless there are fewer tokens than threads; the tile loop stands in attention_row.h.
+// Sparse prefill attention over a flat 16-bit latent. A work item is one query token and a group of
+// heads, all of them unless there are fewer tokens than threads; the tile loop stands in
+// attention_row.h.
 // Memory: the output and an AttentionRow a worker.
 #include <algorithm>
 

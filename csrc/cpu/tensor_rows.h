@@ -13,7 +13,9 @@ namespace dsa::cpu {
 
 class TensorRows {
  public:
-  explicit TensorRows(const TensorView& tensor) : tensor_(tensor), count_(1) {
+  // A tensor whose rows are empty has none, so that no address is formed from its null pointer.
+  explicit TensorRows(const TensorView& tensor)
+      : tensor_(tensor), count_(tensor.size(-1) > 0 ? 1 : 0) {
     for (int dim = 0; dim < tensor.ndim - 1; ++dim) count_ *= tensor.size(dim);
   }
 

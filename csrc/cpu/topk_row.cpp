@@ -178,7 +178,7 @@ struct CandidateBuffer {
 std::uint32_t estimate_lowest(const ScoreRow& row, std::int64_t n, std::int64_t k) {
   constexpr std::int64_t kSamples = 2048;
   constexpr std::int64_t kSlack = 16;  // keeps the estimate low enough where few samples decide it
-  static_assert(kSamples <= kCapacity);
+  static_assert(kSamples <= kCapacity);  // < n, so that step >= 1
   const std::int64_t rank = 2 * k * kSamples / n + kSlack;
   if (rank >= kSamples) return 0;
   float samples[kSamples];

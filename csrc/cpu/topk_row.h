@@ -23,7 +23,7 @@ struct ScoreRow {
 
 // Writes the ascending columns of the k largest of n scores and returns how many: min(k, n), or 0
 // where n is <= 0. Order: NaN below -inf, -0.0 = +0.0, ties to the lower column. n <= 2^31;
-// columns has room for min(k, n) entries. Allocates nothing.
+// columns has room for min(k, n) entries. Needs no heap.
 std::int64_t select_topk(const ScoreRow& scores, std::int64_t n, std::int64_t k,
                          std::int32_t* columns);
 

@@ -23,11 +23,10 @@ class RowSelector {
   void run(std::int64_t row) const {
     const std::int64_t begin = std::max<std::int64_t>(bound(params_.row_starts, row, 0), 0);
     const std::int64_t end = std::min(bound(params_.row_ends, row, num_columns()), num_columns());
-    const ScoreRow scores = score_row(row);
     std::int32_t* indices = indices_.row<std::int32_t>(row);
 
-    // Selected relative to the window, which may begin past the last column when it is empty.
-    const ScoreRow window = begin < end ? scores.from(begin) : scores;
+    // An empty window may begin anywhere: no address is formed from it.
+    const ScoreRow window = begin < end ? score_row(row).from(begin) : ScoreRow{};
     const std::int64_t count = select_topk(window, end - begin, params_.topk, indices);
     if (params_.out_scores.defined()) write_scores(row, window, indices, count);
     write_indices(row, begin, indices, count);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Work items of uneven cost on the threads of parallel_for: each worker takes the next item when it is done
-// with one, in a workspace of its own. What an item computes depends on the item alone, so results do not
-// depend on which worker took it.
+// Work items of uneven cost on the threads of parallel_for: each worker takes the next item when it
+// is done with one, in a workspace of its own. What an item computes depends on the item alone, so
+// results do not depend on which worker took it.
 // Memory: workers are limited so that all their workspaces stay within kWorkspaceBudget.
 #pragma once
 
@@ -19,7 +19,7 @@ namespace dsa::cpu {
 
 inline constexpr std::int64_t kWorkspaceBudget = std::int64_t{40} << 20;  // bytes, of one op
 
-// Floats on a cache line of their own, zeroed: vector loads may run over a row's end into its padding.
+// Zeroed floats on a cache line of their own: vector loads may run into the padding of a row.
 class FloatBuffer {
  public:
   explicit FloatBuffer(std::int64_t n)
@@ -55,7 +55,7 @@ struct WorkItems {
   }
 };
 
-// Calls run(workspace, item) for each item; make_workspace() once for each worker that gets an item.
+// Calls run(workspace, item) for each item, make_workspace() once a worker that gets an item.
 template <typename MakeWorkspace, typename Run>
 void for_each_item(const WorkItems& items, MakeWorkspace&& make_workspace, Run&& run) {
   if (items.count <= 0) return;

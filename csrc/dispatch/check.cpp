@@ -90,7 +90,9 @@ std::string Check::describe(DTypes dtypes, Shape shape) const {
     text.append(first ? "" : ", ").append(dim);
     first = false;
     for (int d = 0; d < num_dims_; ++d) {
-      if (std::strcmp(dims_[d].name, dim) == 0) text.append("=").append(std::to_string(dims_[d].size));
+      if (std::strcmp(dims_[d].name, dim) != 0) continue;
+      text.append("=").append(std::to_string(dims_[d].size));
+      break;
     }
   }
   return text + "]";

@@ -30,6 +30,15 @@ void contiguous_pages(Check& c, const char* name, const TensorView& cache) {
          "stride(1) = " + std::to_string(cache.stride(1)));
 }
 
+// A cache that is written: two threads must never own the same byte.
+void disjoint_pages(Check& c, const TensorView& cache) {
+  if (!c.ok()) return;
+  const std::int64_t token = cache.size(1) > 1 ? cache.stride(1) : cache.size(3);
+  c.that(token >= cache.size(3) && (cache.size(0) <= 1 || cache.stride(0) >= cache.size(1) * token),
+         "kv_cache", "pages that do not overlap, to be written",
+         "a page stride of " + std::to_string(cache.stride(0)));
+}
+
 void indexer_cache(Check& c, const TensorView& cache) {
   c.bind("D+4", c.dim("D") + IndexerLayout::kScaleBytes);
   c.tensor("kv_cache", cache, {kU8}, {"pages", "page_size", "1", "D+4"});
@@ -366,6 +375,7 @@ Status validate(const IndexerCacheWriteParams& p) {
   c.that(c.dim("D") >= 1 && c.dim("D") <= 128, "k", "a head dimension D from 1 to 128",
          c.dim("D"));
   indexer_cache(c, p.kv_cache);
+  disjoint_pages(c, p.kv_cache);
   c.tensor("slot_mapping", p.slot_mapping, {kI32, kI64}, {"T"});
   return c.take();
 }
@@ -402,6 +412,7 @@ Status validate(const MlaCacheWriteParams& p) {
              {"pages", "page_size", "1", "d_nope+d_rope"});
     if (c.ok()) c.that(p.kv_cache.size(1) >= 1, "kv_cache", "page_size >= 1", p.kv_cache.size(1));
   }
+  disjoint_pages(c, p.kv_cache);
   c.tensor("slot_mapping", p.slot_mapping, {kI32, kI64}, {"T"});
   return c.take();
 }

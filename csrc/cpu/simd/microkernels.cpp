@@ -2,20 +2,22 @@
 // The vector loops of the CPU backend, compiled once an instruction set: DSA_CPU_ISA names it
 // (baseline, avx2, avx512) and the compiler flags set what the vectors below become.
 //
-// Register tiles, in rows x vectors of fp32 accumulators; beside them one row of B and one broadcast of A:
+// Register tiles, in rows x vectors of fp32 accumulators; beside them one row of B and one
+// broadcast of A:
 //   AVX-512  12 x 2 of 16 lanes  (27 of 32 registers)
 //   AVX2      6 x 2 of  8 lanes  (15 of 16)
 //   SSE       4 x 2 of  4 lanes  (11 of 16; a product needs a register, there is no FMA)
 //   NEON      8 x 2 of  4 lanes  (19 of 32)
-// gemm walks k in blocks of kBlockK: one column panel of B (kBlockK x 2 vectors) then stays in L1 while the
-// row tiles pass over it. The last, partial panel is copied to the stack and padded with zeros, so that
-// every column runs the same instructions: a column's bits depend neither on n nor on its place. The
-// accumulation order of an element is p = 0 .. k-1, whatever tile it falls into.
-// Memory: one panel (kBlockK x 2 vectors, at most 24 KiB) and one tile on the stack; nothing is allocated.
+// gemm walks k in blocks of kBlockK: one column panel of B (kBlockK x 2 vectors) then stays in L1
+// while the row tiles pass over it. The last, partial panel is copied to the stack and padded with
+// zeros, so that every column runs the same instructions: a column's bits depend neither on n nor
+// on its place. An element is summed in the order p = 0 .. k-1 (gemm: in blocks of kBlockK, each
+// then added to c), whatever tile it falls into.
+// Memory: a panel (kBlockK x 2 vectors, at most 24 KiB) on the stack; nothing is allocated.
 //
 // One object leaves this file. Anything else is internal, and no header with inline functions is
-// included: the linker may keep one copy of an inline function, and an AVX-512 copy would then run on
-// every machine.
+// included: the linker may keep one copy of an inline function, and an AVX-512 copy would then run
+// on every machine.
 #include "cpu/simd/microkernels.h"
 
 #include <cstdint>
@@ -65,7 +67,7 @@ typedef std::int32_t IntVec __attribute__((vector_size(kVectorBytes)));
 typedef std::uint8_t ByteVec __attribute__((vector_size(kLanes)));
 typedef std::uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));
 
-// ---- vectors ---------------------------------------------------------------------------------------
+// ---- vectors ------------------------------------------------------------------------------------
 
 template <typename V, typename T>
 DSA_INLINE V load(const T* from) {
@@ -111,7 +113,7 @@ DSA_INLINE void store_part(float* to, Vec v, int lanes) {
   for (int i = 0; i < lanes; ++i) to[i] = padded[i];
 }
 
-// ---- matrix tiles ----------------------------------------------------------------------------------
+// ---- matrix tiles -------------------------------------------------------------------------------
 
 template <int R, int V>
 using Tile = Vec[R][V];
@@ -142,7 +144,7 @@ DSA_INLINE void multiply_add(int k, const float* a, std::int64_t lda, const floa
   }
 }
 
-// One row block of k by one panel of columns of B, where it stands or, if partial, as a padded copy.
+// A block of rows of B by a panel of its columns, in place or, if partial, as a padded copy.
 struct Panel {
   const float* data;
   std::int64_t stride;
@@ -161,7 +163,7 @@ DSA_INLINE Panel make_panel(int k, int cols, const float* b, std::int64_t ldb, f
   return {copy, width};
 }
 
-// Rows a tile, so that the tiles of m rows are even: 64 rows make 5 x 11 + 9 rather than 5 x 12 + 4.
+// Rows a tile, so that the tiles of m rows are even: 64 make 5 x 11 + 9 rather than 5 x 12 + 4.
 DSA_INLINE int even_tile_rows(int m) {
   const int tiles = (m + kTileRows - 1) / kTileRows;
   return (m + tiles - 1) / tiles;
@@ -186,7 +188,7 @@ DSA_INLINE void run_tile(int rows, int vectors, Args... args) {
   }
 }
 
-// ---- gemm ------------------------------------------------------------------------------------------
+// ---- gemm ---------------------------------------------------------------------------------------
 
 struct GemmTile {
   template <int R, int V>
@@ -237,7 +239,7 @@ void gemm(int m, int n, int k, const float* a, std::int64_t lda, const float* b,
   }
 }
 
-// ---- relu_weighted_sum -----------------------------------------------------------------------------
+// ---- relu_weighted_sum --------------------------------------------------------------------------
 
 struct ReluSumTile {
   // sum[v] += sum_i weights[i] * relu(a[i] . b), i < R.
@@ -287,10 +289,10 @@ void relu_weighted_sum(int m, int n, int k, const float* a, std::int64_t lda, co
   }
 }
 
-// ---- element-wise loops ----------------------------------------------------------------------------
+// ---- element-wise loops -------------------------------------------------------------------------
 
-// 2^t: t = n + f, |f| <= 1/2, a polynomial for 2^f (relative error 2e-9 before rounding) and n added to the
-// exponent. Below 2^-126 gives 0, above 2^128 inf; NaN stays.
+// 2^t: t = n + f, |f| <= 1/2, a polynomial for 2^f (relative error 2e-9 before rounding) and n
+// added to the exponent. Below 2^-126 gives 0, above 2^128 inf; NaN stays.
 DSA_INLINE Vec exp2(Vec t) {
   constexpr float kRoundToInt = 0x1.8p23f;  // adding it leaves round(t) in the low mantissa bits
   Vec x = t < -127.0f ? broadcast(-127.0f) : t;
@@ -328,9 +330,9 @@ void scale(std::int64_t n, float factor, float* y) {
   });
 }
 
-// A narrow float (its sign at bit 31, the rest of it from bit 0 of `magnitude`, mantissa already in place)
-// to fp32. `bias` is the difference of the exponent biases. A subnormal m is (min_normal + m) - min_normal:
-// no subnormal fp32 is formed, so flush-to-zero modes change nothing.
+// A narrow float (its sign at bit 31, the rest of it from bit 0 of `magnitude`, mantissa already in
+// place) to fp32. `bias` is the difference of the exponent biases. A subnormal m is (min_normal +
+// m) - min_normal: no subnormal fp32 is formed, so flush-to-zero modes change nothing.
 DSA_INLINE Vec widen(IntVec magnitude, std::int32_t bias, std::int32_t min_normal_code) {
   const Vec normal = as_float(magnitude + (bias << 23));
   const std::int32_t min_normal = (bias + 1) << 23;
@@ -374,8 +376,14 @@ void f16_to_f32(std::int64_t n, const std::uint16_t* src, float* dst) {
 }  // namespace
 
 const MicroKernels DSA_CONCAT(kMicroKernels_, DSA_CPU_ISA) = {
-    DSA_STRING(DSA_CPU_ISA), relu_weighted_sum, gemm,        exp2_minus_max, scale,
-    e4m3_to_f32,             bf16_to_f32,       f16_to_f32,
+    DSA_STRING(DSA_CPU_ISA),
+    relu_weighted_sum,
+    gemm,
+    exp2_minus_max,
+    scale,
+    e4m3_to_f32,
+    bf16_to_f32,
+    f16_to_f32,
 };
 
 }  // namespace dsa::cpu

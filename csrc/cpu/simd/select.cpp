@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Picks the microkernels, once: the widest instruction set that this CPU runs, or the one that the
-// environment variable DSA_CPU_ISA names (baseline, avx2, avx512). A name that cannot be honoured is not
-// passed over in silence: `isa` of the result, which the build report prints, then says so.
+// environment variable DSA_CPU_ISA names (baseline, avx2, avx512). A name that cannot be honoured
+// is not passed over in silence: `isa` of the result, which the build report prints, then says so.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -24,8 +24,8 @@ struct Candidate {
 };
 
 #if defined(__x86_64__)
-// What x86-64-v3 and x86-64-v4 ask for beyond their predecessors; the operating system's part (saving the
-// wide registers) is in the answers of __builtin_cpu_supports.
+// What x86-64-v3 and x86-64-v4 ask for beyond their predecessors; the operating system's part
+// (saving the wide registers) is in the answers of __builtin_cpu_supports.
 bool runs_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
