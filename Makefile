@@ -14,7 +14,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 BUILD := build/dev
 DSA_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo AUTO || echo OFF)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.cpp')
+CPP_FILES = $(shell git ls-files "*.h" "*.cpp" "*.cu" "*.cuh")
 export PATH := $(BIN):$(PATH)
 
 .PHONY: demo test install build-tests ctest pytest lint format asan bench cuda-build clean gtest

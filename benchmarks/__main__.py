@@ -70,8 +70,7 @@ def main() -> None:
         f"dsa_ext {dsa_ext.__version__}, torch {torch.__version__}, {platform.machine()} "
         f"{info['cpu_isa']} kernels, {torch.get_num_threads()} threads; median of {args.repeats}"
     )
-    header = f"{'op':22} {'shape':46} {'ms':>9} {'+-':>6} {'GFLOP/s':>8} {'reference':>10} {'ratio':>6}"
-    print(header)
+    print(f"{'op':22} {'shape':46} {'ms':>9} {'+-':>6} {'GFLOP/s':>8} {'reference':>10} ratio")
     rows = []
     for case in all_cases():
         row = run(case, args.repeats)

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// torch.ops.dsa_ext.*: torch tensors -> params (csrc/include/dsa/params.h), through LibTorch's stable
-// ABI alone, so that one build runs with every torch from TORCH_TARGET_VERSION on.
+// torch.ops.dsa_ext.*: torch tensors -> params (csrc/include/dsa/params.h), through LibTorch's
+// stable ABI alone, so that one build runs with every torch from TORCH_TARGET_VERSION on.
 //
-// Every op writes into tensors the caller gives and returns nothing: the Python front end allocates.
-// One function serves CPU and CUDA; dispatch (csrc/dispatch) tells them apart by the params' device.
+// Every op writes into tensors the caller gives and returns nothing: the Python front end
+// allocates. One function serves CPU and CUDA; dispatch (csrc/dispatch) tells them apart by the
+// params' device.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -17,8 +18,8 @@
 #include "dsa/parallel.h"
 
 // Weak: a CPU-only torch does not have it, and must be able to load this library.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** ret_stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace {
 
@@ -86,8 +87,8 @@ void call(dsa::Status (*op)(const Params&), Params& params, const Tensor& anchor
     throw std::runtime_error("dsa_ext: this torch has no CUDA support");
   }
   const torch::stable::accelerator::DeviceGuard guard(params.launch.device.index);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(params.launch.device.index,
-                                                                   &params.launch.stream));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_get_current_cuda_stream(params.launch.device.index, &params.launch.stream));
   raise_if_failed(op(params));
 }
 
@@ -107,8 +108,8 @@ void fp8_mqa_logits(Tensor q, Tensor k, Tensor k_scale, Tensor weights, Tensor k
 }
 
 void fp8_paged_mqa_logits(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens,
-                          Tensor block_table, OptTensor schedule_meta,
-                          std::int64_t max_context_len, bool clean_logits, Tensor out) {
+                          Tensor block_table, OptTensor schedule_meta, std::int64_t max_context_len,
+                          bool clean_logits, Tensor out) {
   dsa::PagedMqaLogitsParams p;
   p.q = view(q);
   p.kv_cache = view(kv_cache);
@@ -122,8 +123,8 @@ void fp8_paged_mqa_logits(Tensor q, Tensor kv_cache, Tensor weights, Tensor cont
   call(dsa::fp8_paged_mqa_logits, p, q);
 }
 
-void get_paged_mqa_logits_metadata(Tensor context_lens, std::int64_t block_kv,
-                                   std::int64_t num_sms, OptTensor indices, Tensor out) {
+void get_paged_mqa_logits_metadata(Tensor context_lens, std::int64_t block_kv, std::int64_t num_sms,
+                                   OptTensor indices, Tensor out) {
   dsa::PagedMqaLogitsMetadataParams p;
   p.context_lens = view(context_lens);
   p.block_kv = block_kv;
@@ -208,8 +209,8 @@ void merge_topk(Tensor scores, Tensor indices, std::int64_t topk, Tensor out_ind
 }
 
 void flash_mla_sparse_fwd(Tensor q, Tensor kv, Tensor indices, double sm_scale, std::int64_t d_v,
-                          OptTensor attn_sink, OptTensor topk_length, Tensor out,
-                          Tensor max_logits, Tensor lse) {
+                          OptTensor attn_sink, OptTensor topk_length, Tensor out, Tensor max_logits,
+                          Tensor lse) {
   dsa::SparseFwdParams p;
   p.q = view(q);
   p.kv = view(kv);
@@ -364,8 +365,7 @@ STABLE_TORCH_LIBRARY(dsa_ext, m) {
       "bool batch_invariant, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("merge_attn_states(Tensor outs, Tensor lses, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("hadamard_transform(Tensor x, Tensor(a!) out) -> ()");
-  m.def(
-      "per_token_cast_to_fp8(Tensor x, bool use_ue8m0, Tensor(a!) out, Tensor(b!) scale) -> ()");
+  m.def("per_token_cast_to_fp8(Tensor x, bool use_ue8m0, Tensor(a!) out, Tensor(b!) scale) -> ()");
   m.def(
       "indexer_k_quant_and_cache(Tensor k, Tensor(a!) kv_cache, Tensor slot_mapping, "
       "bool use_ue8m0) -> ()");
@@ -380,23 +380,23 @@ STABLE_TORCH_LIBRARY(dsa_ext, m) {
       "Tensor(a!) out) -> ()");
 }
 
-#define DSA_IMPL_ALL(m)                                                                   \
-  m.impl("fp8_mqa_logits", TORCH_BOX(&fp8_mqa_logits));                                   \
-  m.impl("fp8_paged_mqa_logits", TORCH_BOX(&fp8_paged_mqa_logits));                       \
-  m.impl("get_paged_mqa_logits_metadata", TORCH_BOX(&get_paged_mqa_logits_metadata));     \
-  m.impl("fp8_mqa_topk", TORCH_BOX(&fp8_mqa_topk));                                       \
-  m.impl("fp8_paged_mqa_topk", TORCH_BOX(&fp8_paged_mqa_topk));                           \
-  m.impl("topk_select", TORCH_BOX(&topk_select));                                         \
-  m.impl("map_to_slots", TORCH_BOX(&map_to_slots));                                       \
-  m.impl("merge_topk", TORCH_BOX(&merge_topk));                                           \
-  m.impl("flash_mla_sparse_fwd", TORCH_BOX(&flash_mla_sparse_fwd));                       \
-  m.impl("flash_mla_with_kvcache", TORCH_BOX(&flash_mla_with_kvcache));                   \
-  m.impl("merge_attn_states", TORCH_BOX(&merge_attn_states));                             \
-  m.impl("hadamard_transform", TORCH_BOX(&hadamard_transform));                           \
-  m.impl("per_token_cast_to_fp8", TORCH_BOX(&per_token_cast_to_fp8));                     \
-  m.impl("indexer_k_quant_and_cache", TORCH_BOX(&indexer_k_quant_and_cache));             \
-  m.impl("gather_indexer_k_cache", TORCH_BOX(&gather_indexer_k_cache));                   \
-  m.impl("mla_kv_quant_and_cache", TORCH_BOX(&mla_kv_quant_and_cache));                   \
+#define DSA_IMPL_ALL(m)                                                               \
+  m.impl("fp8_mqa_logits", TORCH_BOX(&fp8_mqa_logits));                               \
+  m.impl("fp8_paged_mqa_logits", TORCH_BOX(&fp8_paged_mqa_logits));                   \
+  m.impl("get_paged_mqa_logits_metadata", TORCH_BOX(&get_paged_mqa_logits_metadata)); \
+  m.impl("fp8_mqa_topk", TORCH_BOX(&fp8_mqa_topk));                                   \
+  m.impl("fp8_paged_mqa_topk", TORCH_BOX(&fp8_paged_mqa_topk));                       \
+  m.impl("topk_select", TORCH_BOX(&topk_select));                                     \
+  m.impl("map_to_slots", TORCH_BOX(&map_to_slots));                                   \
+  m.impl("merge_topk", TORCH_BOX(&merge_topk));                                       \
+  m.impl("flash_mla_sparse_fwd", TORCH_BOX(&flash_mla_sparse_fwd));                   \
+  m.impl("flash_mla_with_kvcache", TORCH_BOX(&flash_mla_with_kvcache));               \
+  m.impl("merge_attn_states", TORCH_BOX(&merge_attn_states));                         \
+  m.impl("hadamard_transform", TORCH_BOX(&hadamard_transform));                       \
+  m.impl("per_token_cast_to_fp8", TORCH_BOX(&per_token_cast_to_fp8));                 \
+  m.impl("indexer_k_quant_and_cache", TORCH_BOX(&indexer_k_quant_and_cache));         \
+  m.impl("gather_indexer_k_cache", TORCH_BOX(&gather_indexer_k_cache));               \
+  m.impl("mla_kv_quant_and_cache", TORCH_BOX(&mla_kv_quant_and_cache));               \
   m.impl("gather_mla_kv_cache", TORCH_BOX(&gather_mla_kv_cache))
 
 STABLE_TORCH_LIBRARY_IMPL(dsa_ext, CPU, m) { DSA_IMPL_ALL(m); }

@@ -43,8 +43,10 @@ Status forced_kernel(std::string_view* forced) {
     rest.remove_prefix(id.size() < rest.size() ? id.size() + 1 : id.size());
     if (id.empty()) continue;
     if (!is_known_kernel(id)) {
-      return Status::unsupported("DSA_FORCE_KERNEL: expected kernel ids of this build "
-                                 "(python -m dsa_ext lists them), got " + std::string(id));
+      return Status::unsupported(
+          "DSA_FORCE_KERNEL: expected kernel ids of this build "
+          "(python -m dsa_ext lists them), got " +
+          std::string(id));
     }
     for (const Kernel<Params>& kernel : kernels<Params>()) {
       if (id == kernel.id) *forced = kernel.id;
@@ -72,9 +74,10 @@ Status dispatch(const Params& p) {
     }
     return kernel.run(p);
   }
-  return Status::unsupported(std::string(Params::kOp) + ": no kernel of this build takes these "
-                             "arguments (" + (forced.empty() ? "" : "DSA_FORCE_KERNEL is set; ") +
-                             reasons + ")");
+  return Status::unsupported(std::string(Params::kOp) +
+                             ": no kernel of this build takes these "
+                             "arguments (" +
+                             (forced.empty() ? "" : "DSA_FORCE_KERNEL is set; ") + reasons + ")");
 }
 
 }  // namespace

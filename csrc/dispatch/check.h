@@ -5,8 +5,8 @@
 //   c.tensor("q", p.q, {DType::kFloat8E4M3}, {"S", "H", "D"});
 //   c.tensor("weights", p.weights, {DType::kFloat32}, {"S", "H"});
 //
-// The first failure is kept, as one line: "fp8_mqa_logits: weights: expected float32 [S=4, H=64], got
-// float32 [4, 32]". Nothing is formatted while the arguments are right.
+// The first failure is kept, as one line: "fp8_mqa_logits: weights: expected float32 [S=4, H=64],
+// got float32 [4, 32]". Nothing is formatted while the arguments are right.
 #pragma once
 
 #include <array>

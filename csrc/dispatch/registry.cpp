@@ -40,11 +40,11 @@ constexpr const char* kMlaShapes = "any heads and top-k; d_v 64..512, d_rope 0, 
 
 }  // namespace
 
-#define DSA_CPU_KERNEL(PARAMS, ID, TAKES, SUPPORTS, RUN)                                   \
-  template <>                                                                              \
-  std::span<const Kernel<PARAMS>> kernels<PARAMS>() {                                      \
+#define DSA_CPU_KERNEL(PARAMS, ID, TAKES, SUPPORTS, RUN)                                      \
+  template <>                                                                                 \
+  std::span<const Kernel<PARAMS>> kernels<PARAMS>() {                                         \
     static constexpr Kernel<PARAMS> table[] = {{ID, DeviceType::kCpu, TAKES, SUPPORTS, RUN}}; \
-    return table;                                                                          \
+    return table;                                                                             \
   }
 
 DSA_CPU_KERNEL(MqaLogitsParams, "cpu_mqa_logits", kIndexShapes, index_head_dim, cpu::mqa_logits)

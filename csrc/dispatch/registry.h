@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every kernel of this build, one closed list an op: what dispatch chooses from, what error messages
-// and `python -m dsa_ext` print. Order within an op is preference.
+// Every kernel of this build, one closed list an op: what dispatch chooses from, what error
+// messages and `python -m dsa_ext` print. Order within an op is preference.
 #pragma once
 
 #include <span>

@@ -90,8 +90,8 @@ void paged_logits_inputs(Check& c, const TensorView& q, const TensorView& kv_cac
   c.tensor("context_lens", context_lens, {kI32}, {"B"}, {"B", "next_n"}, Layout::kAnyStrides);
   c.tensor("block_table", block_table, {kI32}, {"B", "P"});
   c.optional("schedule_meta", schedule_meta, DTypes{kI32}, Shape{"num_sms+1", "2"});
-  c.that(max_context_len >= 0 && max_context_len <= kMaxInt32, "max_context_len",
-         "0 to 2147483647", max_context_len);
+  c.that(max_context_len >= 0 && max_context_len <= kMaxInt32, "max_context_len", "0 to 2147483647",
+         max_context_len);
 }
 
 void topk_outputs(Check& c, const char* name, const TensorView& indices, const TensorView& scores,
@@ -137,8 +137,8 @@ Status validate(const MqaLogitsParams& p) {
 
 Status validate(const PagedMqaLogitsParams& p) {
   Check c(p.kOp, p.launch.device);
-  paged_logits_inputs(c, p.q, p.kv_cache, p.weights, p.context_lens, p.block_table,
-                      p.schedule_meta, p.max_context_len);
+  paged_logits_inputs(c, p.q, p.kv_cache, p.weights, p.context_lens, p.block_table, p.schedule_meta,
+                      p.max_context_len);
   c.bind("max_context_len", p.max_context_len);
   c.tensor("out", p.out, {kF32, kBF16}, {"B*next_n", "max_context_len"});
   return c.take();
@@ -164,8 +164,8 @@ Status validate(const MqaTopkParams& p) {
 
 Status validate(const PagedMqaTopkParams& p) {
   Check c(p.kOp, p.launch.device);
-  paged_logits_inputs(c, p.q, p.kv_cache, p.weights, p.context_lens, p.block_table,
-                      p.schedule_meta, p.max_context_len);
+  paged_logits_inputs(c, p.q, p.kv_cache, p.weights, p.context_lens, p.block_table, p.schedule_meta,
+                      p.max_context_len);
   topk_outputs(c, "out", p.indices, p.scores, "B*next_n", p.topk);
   return c.take();
 }
@@ -372,8 +372,7 @@ Status validate(const PerTokenCastParams& p) {
 Status validate(const IndexerCacheWriteParams& p) {
   Check c(p.kOp, p.launch.device);
   c.tensor("k", p.k, {kF32, kBF16, kF16}, {"T", "D"});
-  c.that(c.dim("D") >= 1 && c.dim("D") <= 128, "k", "a head dimension D from 1 to 128",
-         c.dim("D"));
+  c.that(c.dim("D") >= 1 && c.dim("D") <= 128, "k", "a head dimension D from 1 to 128", c.dim("D"));
   indexer_cache(c, p.kv_cache);
   disjoint_pages(c, p.kv_cache);
   c.tensor("slot_mapping", p.slot_mapping, {kI32, kI64}, {"T"});

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Argument checks, one overload an op. The only place that rejects a caller's arguments; what is valid
-// but taken by no kernel is the registry's to say (registry.h). Values inside tensors are never read.
+// Argument checks, one overload an op. The only place that rejects a caller's arguments; what is
+// valid but taken by no kernel is the registry's to say (registry.h). Values inside tensors are
+// never read.
 #pragma once
 
 #include "dsa/params.h"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeepSeek Sparse Attention (DSA) for PyTorch.
 
-An FP8 lightning indexer scores every earlier token for a query, an exact top-k keeps the best of them,
-and sparse attention runs over just those rows of the paged MLA latent cache. The functions carry the
-names and positional signatures of FlashMLA and DeepGEMM where those have one, so that
+An FP8 lightning indexer scores every earlier token for a query, an exact top-k keeps the best of
+them, and sparse attention runs over just those rows of the paged MLA latent cache. The functions
+carry the names and positional signatures of FlashMLA and DeepGEMM where those have one, so that
 ``import dsa_ext as flash_mla`` or ``import dsa_ext as deep_gemm`` works.
 
 ``dsa_ext.reference`` holds every op in plain PyTorch, ``dsa_ext.nn`` modules built on the ops.

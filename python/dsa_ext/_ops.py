@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads the torch ops (``torch.ops.dsa_ext``) and registers their fake kernels.
 
-Every op writes into tensors it is given and returns nothing, so its fake kernel does nothing: shapes
-are decided by whoever allocates the outputs, the front-end functions of this package.
+Every op writes into tensors it is given and returns nothing, so its fake kernel does nothing:
+shapes are decided by whoever allocates the outputs, the front-end functions of this package.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 
 from dsa_ext import _C
 
-torch.ops.load_library(str(Path(_C.__file__).with_name("libdsa_torch_ops.so")))
+_LIBRARY = Path(_C.__file__).with_name("libdsa_torch_ops.so")
+torch.ops.load_library(str(_LIBRARY))  # type: ignore[no-untyped-call]
 
 
 def _fake(*args: Any, **kwargs: Any) -> None:

@@ -23,8 +23,8 @@ from dsa_ext._ops import ops
 class FlashMLASchedMeta:
     """Decode scheduling state of FlashMLA's interface; here every call plans for itself.
 
-    Kept so that callers of FlashMLA run unchanged: reusing one, or passing a stale one, never changes
-    a result.
+    Kept so that callers of FlashMLA run unchanged: reusing one, or passing a stale one, never
+    changes a result.
     """
 
 
@@ -49,18 +49,19 @@ def flash_mla_sparse_fwd(
     Args:
         q: bfloat16 or float16 [s_q, h_q, d_qk].
         kv: like q [s_kv, 1, d_qk].
-        indices: int32 [s_q, 1, topk], rows of kv. One outside [0, s_kv) is an invalid slot, wherever it
-            stands: never read. Repeated ones count each time.
+        indices: int32 [s_q, 1, topk], rows of kv. One outside [0, s_kv) is an invalid slot,
+            wherever it stands: never read. Repeated ones count each time.
         sm_scale: factor on q . k before the softmax.
-        d_v: leading numbers of a row that are its value; a multiple of 64 up to 512, and d_qk - d_v is
-            0, 32 or 64.
-        attn_sink: float32 [h_q]: out is scaled by e^lse / (e^lse + e^sink); lse and max_logits are not.
+        d_v: leading numbers of a row that are its value; a multiple of 64 up to 512, and d_qk - d_v
+            is 0, 32 or 64.
+        attn_sink: float32 [h_q]: out is scaled by e^lse / (e^lse + e^sink); lse and max_logits are
+            not.
         topk_length: int32 [s_q]: slots from there on are ignored, unread.
         out: the triple to write into.
 
     Returns:
-        out like q [s_q, h_q, d_v]; max_logits float32 [s_q, h_q] (scale applied, natural units); lse
-        float32 [s_q, h_q] (natural log). A row with nothing valid: 0, -inf, +inf.
+        out like q [s_q, h_q, d_v]; max_logits float32 [s_q, h_q] (scale applied, natural units);
+        lse float32 [s_q, h_q] (natural log). A row with nothing valid: 0, -inf, +inf.
 
     Signature: FlashMLA's ``flash_mla_sparse_fwd``.
     """
@@ -124,7 +125,8 @@ def flash_mla_with_kvcache(
         batch_invariant: a row's bits do not depend on the rest of the batch (always so on the CPU).
 
     Returns:
-        out like q [b, s_q, h_q, head_dim_v]; lse float32 [b, h_q, s_q] (natural log, without the sink).
+        out like q [b, s_q, h_q, head_dim_v]; lse float32 [b, h_q, s_q] (natural log, without the
+        sink).
         A row with nothing valid: 0 and +inf.
 
     Signature: FlashMLA's ``flash_mla_with_kvcache``.
@@ -168,8 +170,8 @@ def merge_attn_states(
 
     Args:
         outs: float32, bfloat16 or float16 [n, ..., h, d], stacked or as a sequence of n.
-        lses: float32 [n, ..., h] (natural log). |lse| = inf marks an empty result, whose out is unread.
-            Decode's lse is [b, h, s_q]: transpose it.
+        lses: float32 [n, ..., h] (natural log). |lse| = inf marks an empty result, whose out is
+            unread. Decode's lse is [b, h, s_q]: transpose it.
         out: the pair to write into.
 
     Returns:
@@ -191,7 +193,7 @@ def merge_attn_states(
 
 
 def _rows_merged(shape: torch.Size, lead: int, tail: int) -> tuple[int, ...]:
-    """Make one dimension of those between the first `lead` and the last `tail`, 1 if there are none."""
+    """Make one dimension of those between the first `lead` and the last `tail`."""
     if len(shape) < lead + tail:
         return tuple(shape)
     last = len(shape) - tail

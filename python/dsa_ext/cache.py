@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes to and gathers from the paged caches (byte layouts: docs/kv_cache_layout.md).
 
-A slot is page * page_size + offset. Every function raises ValueError for a wrong argument (one line:
-argument, expected, got).
+A slot is page * page_size + offset. Every function raises ValueError for a wrong argument (one
+line: argument, expected, got).
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def gather_mla_kv_cache(
         out: where to write.
 
     Returns:
-        bfloat16 [num_tokens, 576] or [num_tokens, 512] (latent, then RoPE), or rows of a 16-bit cache
-        as they are. Rows of no request, or without a page, are 0.
+        bfloat16 [num_tokens, 576] or [num_tokens, 512] (latent, then RoPE), or rows of a 16-bit
+        cache as they are. Rows of no request, or without a page, are 0.
     """
     if out is None:
         width = kv_cache.shape[-1:].numel()

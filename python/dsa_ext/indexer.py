@@ -5,9 +5,9 @@ For query token t and key s, with H index heads of dimension D::
 
     I[t, s] = k_scale[s] * sum_h weights[t, h] * relu(q[t, h, :] . k[s, :])
 
-accumulated in fp32. ``weights`` already holds ``softmax_scale * H**-0.5 * q_scale`` and may be negative.
-Every function raises ValueError for a wrong argument (one line: argument, expected, got) and
-RuntimeError when no kernel of this build takes the arguments.
+accumulated in fp32. ``weights`` already holds ``softmax_scale * H**-0.5 * q_scale`` and may be
+negative. Every function raises ValueError for a wrong argument (one line: argument, expected, got)
+and RuntimeError when no kernel of this build takes the arguments.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def fp8_mqa_logits(
         cu_seq_len_k_start: int32 [S]; row i sees keys start[i] <= s < end[i], clamped to [0, L].
         cu_seq_len_k_end: int32 [S].
         clean_logits: write -inf outside the window; False leaves those columns untouched.
-        max_seqlen_k: 0, or the width of a compressed result whose column c of row i is key start[i] + c.
+        max_seqlen_k: 0, or the width of a compressed result whose column c of row i is key
+            start[i] + c.
         logits_dtype: float32 or bfloat16.
         out: where to write, [S, L] or [S, max_seqlen_k].
 
@@ -77,10 +78,12 @@ def get_paged_mqa_logits_metadata(
         context_lens: int32 [B] or [B, next_n], tokens of each request.
         block_kv: page size of the cache, in tokens.
         num_sms: number of SMs (thread blocks) to split over.
-        indices: int32 [B], accepted for DeepGEMM's variable-length callers; rows are scheduled one by one.
+        indices: int32 [B], accepted for DeepGEMM's variable-length callers; rows are scheduled one
+            by one.
 
     Returns:
-        int32 [num_sms + 1, 2]: the (request, segment) at which each SM begins; the last row is (B, 0).
+        int32 [num_sms + 1, 2]: the (request, segment) at which each SM begins, and (B, 0)
+        in the last row.
         A hint: a stale schedule may cost time, never correctness.
 
     Signature: DeepGEMM's ``get_paged_mqa_logits_metadata``.
@@ -107,8 +110,8 @@ def fp8_paged_mqa_logits(
 
     Args:
         q: float8_e4m3fn [B, next_n, H, D].
-        kv_cache: uint8 [pages, page_size, 1, D + 4] (docs/kv_cache_layout.md); any page stride that is
-            a multiple of 4 bytes.
+        kv_cache: uint8 [pages, page_size, 1, D + 4] (docs/kv_cache_layout.md); any page stride that
+            is a multiple of 4 bytes.
         weights: float32 [B * next_n, H].
         context_lens: int32 [B]: row j of a request sees context_len - next_n + 1 + j keys; or
             [B, next_n]: row j sees its own length.
@@ -247,10 +250,11 @@ def fp8_paged_mqa_topk(
         q, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len: as in
             :func:`fp8_paged_mqa_logits`.
         k: how many tokens to keep, >= 1.
-        return_slots: return slots of kv_cache (page * page_size + offset) instead of token positions;
-            a token without a page is -1, in place.
+        return_slots: return slots of kv_cache (page * page_size + offset) instead of token
+            positions; a token without a page is -1, in place.
         return_scores: also return the fp32 logits of the kept tokens.
-        out: int32 [B * next_n, k], or with return_scores the pair (indices, float32 [B * next_n, k]).
+        out: int32 [B * next_n, k], or with return_scores the pair (indices, scores
+            float32 of that shape).
 
     Returns:
         int32 [B * next_n, k], by the contract of :func:`dsa_ext.topk_select`; with return_scores

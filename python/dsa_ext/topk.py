@@ -59,18 +59,19 @@ def topk_select(
     """Pick exactly the k largest scores of each row's window.
 
     NaN ranks lowest (below -inf), -0.0 equals +0.0, ties go to the lower column. The result is
-    ascending by column, padded with -1 on the right; a window of at most k columns is returned whole.
-    Deterministic, and a row's result does not depend on the other rows.
+    ascending by column, padded with -1 on the right; a window of at most k columns is returned
+    whole. Deterministic, and a row's result does not depend on the other rows.
 
     Args:
         scores: float32, bfloat16 or float16 [R, N], any strides.
         k: how many to keep, >= 1.
         row_starts: int32 [R], first column of each window, clamped to [0, N]; default 0.
         row_ends: int32 [R], end (exclusive) of each window, clamped to [0, N]; default N.
-        index_base: int, or int32 [R]: added to every column returned (a shard's or window's offset).
+        index_base: int, or int32 [R]: added to every column returned (a shard's or window's
+            offset).
         block_table: int32 [B, P]: return cache slots instead. Token t becomes
-            block_table[request, t // page_size] * page_size + t % page_size, or -1 where the table has
-            no page (in place, not moved to the right).
+            block_table[request, t // page_size] * page_size + t % page_size, or -1 where the table
+            has no page (in place, not moved to the right).
         page_size: tokens a page, with block_table.
         row_to_request: int32 [R], request of each row; default: row r is of request r // (R / B).
         return_scores: also return the fp32 scores, -inf where padded.
@@ -114,10 +115,11 @@ def map_to_slots(
 
     Args:
         indices: int32 [R, k] or [B, s, k], token positions; a negative one stays -1.
-        block_table: int32 [B, P]. A position past P pages or in a page whose entry is negative is -1.
+        block_table: int32 [B, P]. A position past P pages or in a page whose entry is negative is
+            -1.
         page_size: tokens a page, >= 1.
-        row_to_request: int32 [R], request of each row (of k positions); default: row r is of request
-            r // (R / B). A request outside [0, B) gives -1.
+        row_to_request: int32 [R], request of each row (of k positions); default: row r is of
+            request r // (R / B). A request outside [0, B) gives -1.
         out: int32, shaped like indices.
 
     Returns:

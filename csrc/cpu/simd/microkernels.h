@@ -7,8 +7,8 @@
 
 namespace dsa::cpu {
 
-// All matrices are row-major fp32; every accumulation is fp32, in an order that depends on nothing but
-// the arguments, so results do not change with the thread count.
+// All matrices are row-major fp32; every accumulation is fp32, in an order that depends on nothing
+// but the arguments, so results do not change with the thread count.
 struct MicroKernels {
   const char* isa;
 

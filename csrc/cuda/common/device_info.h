@@ -9,11 +9,11 @@ namespace dsa::cuda {
 
 struct DeviceInfo {
   std::string name;
-  int arch;     // 10 * major + minor
+  int arch;  // 10 * major + minor
   int num_sms;
 };
 
-const char* toolkit_version();          // of the build
+const char* toolkit_version();           // of the build
 std::vector<DeviceInfo> device_infos();  // empty without a driver or a device
 
 }  // namespace dsa::cuda

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The public C++ API: one function an op. Each validates its arguments, chooses a kernel and runs it.
-// Shapes stand in params.h; semantics in the Python docstrings of the same names.
+// The public C++ API: one function an op. Each validates its arguments, chooses a kernel and runs
+// it. Shapes stand in params.h; semantics in the Python docstrings of the same names.
 #pragma once
 
 #include "dsa/params.h"

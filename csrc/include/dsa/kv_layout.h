@@ -29,7 +29,8 @@ struct IndexerLayout {
   }
 };
 
-// MLA V3.2 FP8 row, 656 bytes a token: 512 e4m3 | 4 fp32 scales (one for 128 values) | 64 bf16 RoPE.
+// MLA V3.2 FP8 row, 656 bytes a token: 512 e4m3 | 4 fp32 scales (one for 128 values) | 64 bf16
+// RoPE.
 struct MlaV32Layout {
   static constexpr std::int64_t kDimNope = 512;
   static constexpr std::int64_t kDimRope = 64;
@@ -53,8 +54,9 @@ struct MlaV32Layout {
   }
 };
 
-// MLA V4 FP8, 584 bytes a token nominal, two planes a page: page_size * 576 bytes (448 e4m3 | 64 bf16
-// RoPE), then page_size * 8 bytes (7 ue8m0 scales, one for 64 values | 1 pad byte). V is all 512 values.
+// MLA V4 FP8, 584 bytes a token nominal, two planes a page: page_size * 576 bytes (448 e4m3 | 64
+// bf16 RoPE), then page_size * 8 bytes (7 ue8m0 scales, one for 64 values | 1 pad byte). V is all
+// 512 values.
 struct MlaV4Layout {
   std::int64_t page_size;  // tokens
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The arguments of every op: plain data (pointers, sizes, int64 strides), no torch.
 //
-// A TensorView describes a tensor exactly as the caller holds it; dispatch/validate.cpp checks all of
-// them, so a backend may rely on the shapes written behind each member. Strides count elements.
+// A TensorView describes a tensor exactly as the caller holds it; dispatch/validate.cpp checks all
+// of them, so a backend may rely on the shapes written behind each member. Strides count elements.
 #pragma once
 
 #include <cstdint>
@@ -60,7 +60,8 @@ struct Launch {
   void* stream = nullptr;
 };
 
-// ---- indexer -------------------------------------------------------------------------------------
+// ---- indexer
+// -------------------------------------------------------------------------------------
 
 struct MqaLogitsParams {
   static constexpr const char* kOp = "fp8_mqa_logits";
@@ -130,7 +131,8 @@ struct PagedMqaTopkParams {
   Launch launch;
 };
 
-// ---- selection -----------------------------------------------------------------------------------
+// ---- selection
+// -----------------------------------------------------------------------------------
 
 struct TopkSelectParams {
   static constexpr const char* kOp = "topk_select";
@@ -168,7 +170,8 @@ struct MergeTopkParams {
   Launch launch;
 };
 
-// ---- attention -----------------------------------------------------------------------------------
+// ---- attention
+// -----------------------------------------------------------------------------------
 
 struct SparseFwdParams {
   static constexpr const char* kOp = "flash_mla_sparse_fwd";
@@ -187,8 +190,9 @@ struct SparseFwdParams {
 
 struct KvCacheFwdParams {
   static constexpr const char* kOp = "flash_mla_with_kvcache";
-  TensorView q;              // bf16 | f16 [b, s_q, h_q, d_qk]
-  TensorView k_cache;        // like q [pages, page_size, 1, d_qk], or 8-bit [pages, page_size, 1, 656 | 584]
+  TensorView q;  // bf16 | f16 [b, s_q, h_q, d_qk]
+  TensorView
+      k_cache;  // like q [pages, page_size, 1, d_qk], or 8-bit [pages, page_size, 1, 656 | 584]
   TensorView block_table;    // i32 [b, P]; dense only
   TensorView cache_seqlens;  // i32 [b]; dense only
   std::int64_t head_dim_v = 0;
@@ -216,7 +220,8 @@ struct MergeAttnStatesParams {
   Launch launch;
 };
 
-// ---- cache and quantisation ----------------------------------------------------------------------
+// ---- cache and quantisation
+// ----------------------------------------------------------------------
 
 struct HadamardParams {
   static constexpr const char* kOp = "hadamard_transform";
@@ -255,9 +260,9 @@ struct IndexerCacheGatherParams {
 
 struct MlaCacheWriteParams {
   static constexpr const char* kOp = "mla_kv_quant_and_cache";
-  TensorView kv_c;          // bf16 | f16 [T, d_nope]
-  TensorView k_pe;          // like kv_c [T, d_rope]
-  TensorView kv_cache;      // u8 [pages, page_size, 1, 656 | 584], or like kv_c [.., d_nope + d_rope]
+  TensorView kv_c;      // bf16 | f16 [T, d_nope]
+  TensorView k_pe;      // like kv_c [T, d_rope]
+  TensorView kv_cache;  // u8 [pages, page_size, 1, 656 | 584], or like kv_c [.., d_nope + d_rope]
   TensorView slot_mapping;  // i32 | i64 [T]
   Launch launch;
 };

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The result of a call through api.h. A failure is one line of text; nothing is printed, nothing exits.
+// The result of a call through api.h. A failure is one line of text; nothing is printed, nothing
+// exits.
 #pragma once
 
 #include <string>
