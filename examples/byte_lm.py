@@ -14,10 +14,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
+
+# Before torch loads OpenMP: idle threads sleep, as spinning ones starve others on shared cores.
+os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 

@@ -81,10 +81,10 @@ void PagedProblem::locate(std::int64_t group, std::int64_t first, int n, KeyRef*
   std::int64_t offset = first % layout_.page_size;
   for (int j = 0; j < n; ++logical_page, offset = 0) {
     const std::int64_t page = table.page(logical_page);
-    const std::uint8_t* base = kv_cache_.ptr<const std::uint8_t>() + page * kv_cache_.stride(0);
     for (; j < n && offset < layout_.page_size; ++j, ++offset) {
       keys[j] = {nullptr, 0.0f};
       if (page < 0) continue;
+      const auto* base = kv_cache_.ptr<const std::uint8_t>() + page * kv_cache_.stride(0);
       keys[j].values = base + layout_.values(offset);
       std::memcpy(&keys[j].scale, base + layout_.scale(offset), sizeof(float));
     }

@@ -33,9 +33,13 @@ void contiguous_pages(Check& c, const char* name, const TensorView& cache) {
 // A cache that is written: two threads must never own the same byte.
 void disjoint_pages(Check& c, const TensorView& cache) {
   if (!c.ok()) return;
-  const std::int64_t token = cache.size(1) > 1 ? cache.stride(1) : cache.size(3);
-  c.that(token >= cache.size(3) && (cache.size(0) <= 1 || cache.stride(0) >= cache.size(1) * token),
-         "kv_cache", "pages that do not overlap, to be written",
+  const auto nested = [&cache](int outer, int inner) {
+    const std::int64_t row = cache.size(3), count = cache.size(inner);
+    const std::int64_t extent = count > 1 ? (count - 1) * cache.stride(inner) + row : row;
+    return (count <= 1 || cache.stride(inner) >= row) &&
+           (cache.size(outer) <= 1 || cache.stride(outer) >= extent);
+  };
+  c.that(nested(0, 1) || nested(1, 0), "kv_cache", "pages that do not overlap, to be written",
          "a page stride of " + std::to_string(cache.stride(0)));
 }
 

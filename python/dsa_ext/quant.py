@@ -49,9 +49,7 @@ def per_token_cast_to_fp8(
     if out is None:
         groups = tuple(-(-n // 128) for n in x.shape[-1:])
         out = (
-            torch.empty_like(
-                x, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format
-            ),
+            torch.empty_like(x, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format),
             x.new_empty((*x.shape[:-1], *groups), dtype=torch.float32),
         )
     ops.per_token_cast_to_fp8(x, use_ue8m0, *out)

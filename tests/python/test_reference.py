@@ -8,6 +8,7 @@ import struct
 
 import pytest
 import torch
+
 from dsa_ext import reference as ref
 from dsa_ext.reference import _chunks
 

@@ -39,9 +39,11 @@ def _attend(
     logits = torch.matmul(q, kv.transpose(-1, -2)) * scale
     terms, total, peak, lse = softmax_terms(logits, valid.unsqueeze(1))
     out = torch.matmul(terms, kv[..., :d_v]) / total.unsqueeze(-1)
+    empty = torch.isneginf(peak)
     if sink is not None:
-        out = out * torch.sigmoid(lse - sink).unsqueeze(-1)
-    return out, peak, lse.masked_fill(torch.isneginf(peak), float("inf"))
+        share = torch.sigmoid(lse - sink).masked_fill(empty, 0.0)  # whatever the sink, NaN too
+        out = out * share.unsqueeze(-1)
+    return out, peak, lse.masked_fill(empty, float("inf"))
 
 
 def flash_mla_sparse_fwd(
