@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-# Before torch loads OpenMP: idle threads sleep, as spinning ones starve others on shared cores.
-os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+# Read when torch loads OpenMP: threads that wait sleep soon, so that shared cores do not thrash.
+os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "3000")
 
 import torch
 
@@ -38,16 +38,16 @@ from dsa_ext.nn import DSAConfig
 class Plan:
     """Sizes of a run. Each branch takes ``branch`` steps after the trunk's."""
 
-    length: int = 512
-    batch: int = 4
-    trunk: int = 380
+    length: int = 256
+    batch: int = 8
+    trunk: int = 440
     warm_up: int = 40
-    branch: int = 60
-    held_out: int = 48  # windows
-    requests: int = 8
+    branch: int = 70
+    held_out: int = 96  # windows
+    requests: int = 16
     chunk: int = 100
-    prompt: int = 128
-    generated: int = 240
+    prompt: int = 96
+    generated: int = 160
 
 
 QUICK = Plan(

@@ -24,7 +24,7 @@ NAMES: dict[Attention, str] = {
     "window": "sliding window",
     "random": "random choice",
 }
-COLUMNS = 64  # characters a line of the drawn text
+COLUMNS = 32  # characters a line of the drawn text
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def draw(path: Path, text: bytes, selected: list[Tensor], quality: Quality) -> N
     text has S bytes; selected holds bool [S (query), S (key)] for each of two layers.
     """
     figure = plt.figure(figsize=(15, 9), layout="constrained")
-    grid = figure.add_gridspec(2, 3)
+    grid = figure.add_gridspec(2, 3, height_ratios=(4, 3))
     for layer, chosen in enumerate(selected):
         axes = figure.add_subplot(grid[0, layer])
         axes.imshow(chosen.numpy(), cmap="Greys", interpolation="nearest")
@@ -159,6 +159,6 @@ def draw_text(axes: Axes, text: bytes, selected: list[Tensor], query: int) -> No
         axes.add_patch(Rectangle((column, row), 1, 1, color=colour, alpha=alpha, linewidth=0))
         code = text[position]
         letter = chr(code) if 32 <= code < 127 else "\u21b5" if code == 10 else "\u00b7"
-        axes.text(column + 0.5, row + 0.5, letter, ha="center", va="center", fontsize=5)
+        axes.text(column + 0.5, row + 0.5, letter, ha="center", va="center", fontsize=8)
     axes.set(xlim=(0, COLUMNS), ylim=(-(-len(text) // COLUMNS), 0), xticks=[], yticks=[])
-    axes.set_title(f"read by query {query} (red): in one layer light, in both dark")
+    axes.set_title(f"query {query} (red) reads: light in one layer, dark in both", fontsize=10)

@@ -239,7 +239,7 @@ def test_index_loss_is_the_kl_over_what_is_read(sparse):
         target = logits[0, :, t, read].softmax(-1).sum(0)
         target = target / target.sum()
         total += float((target * (target.log() - scores[t, read].log_softmax(-1))).sum())
-    assert float(result.index_loss) == pytest.approx(total / 25, rel=1e-4)
+    assert result.index_loss.item() == pytest.approx(total / 25, rel=1e-4)
 
 
 def test_gradients_do_not_mix():
