@@ -30,7 +30,7 @@ from demo.model import ByteLM
 from demo.report import Quality, Serving, draw, print_cache, print_quality, print_serving
 from demo.serve import generate, serve
 from demo.train import Attention, Trainer, bits
-from dsa_ext import build_info
+from dsa_ext import _C
 from dsa_ext.nn import DSAConfig
 
 
@@ -100,6 +100,13 @@ def train(plan: Plan, model: ByteLM, trainer: Trainer, seed: int) -> tuple[ByteL
     return sparse, Quality(trained, swapped, speed)
 
 
+def serves_on_gpu() -> bool:
+    """Whether this build of dsa_ext has a CUDA kernel for every op."""
+    kernels = _C.kernels()
+    with_cuda = {kernel["op"] for kernel in kernels if kernel["device"] == "cuda"}
+    return with_cuda == {kernel["op"] for kernel in kernels}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
@@ -109,8 +116,7 @@ def main() -> None:
     begin = time.perf_counter()
     plan = QUICK if args.quick else Plan()
     torch.manual_seed(args.seed)
-    on_gpu = bool(build_info()["cuda"]) and torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() and serves_on_gpu() else "cpu")
 
     corpus = load_corpus()
     config = model_config(plan)
