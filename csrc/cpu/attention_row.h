@@ -22,6 +22,7 @@
 namespace dsa::cpu {
 
 inline constexpr int kTileTokens = 64;
+inline constexpr double kLog2E = 1.44269504088896340736;  // softmax scale -> base 2
 
 // The rows of a latent cache, one a slot, in any of its formats.
 class LatentRows {

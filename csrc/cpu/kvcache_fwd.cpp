@@ -11,8 +11,6 @@ namespace dsa::cpu {
 
 namespace {
 
-constexpr double kLog2E = 1.44269504088896340736;
-
 // Query token j of request b.
 struct Token {
   std::int64_t b, j;

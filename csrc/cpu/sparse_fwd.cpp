@@ -12,8 +12,6 @@ namespace dsa::cpu {
 
 namespace {
 
-constexpr double kLog2E = 1.44269504088896340736;
-
 HeadGroup head_group(const SparseFwdParams& p, std::int64_t token, std::int64_t first, int heads) {
   HeadGroup g;
   g.dtype = p.q.dtype;

@@ -14,11 +14,6 @@ std::string join(const std::int64_t* values, int n) {
   return text + "]";
 }
 
-std::string describe_tensor(const TensorView& t) {
-  if (!t.defined()) return "None";
-  return std::string(dtype_name(t.dtype)) + " " + join(t.sizes, t.ndim);
-}
-
 bool is_constant(const char* dim) { return dim[0] >= '0' && dim[0] <= '9'; }
 
 }  // namespace
@@ -46,6 +41,11 @@ std::string device_name(Device device) {
     case DeviceType::kOther: break;
   }
   return "another device";
+}
+
+std::string describe_tensor(const TensorView& t) {
+  if (!t.defined()) return "None";
+  return std::string(dtype_name(t.dtype)) + " " + join(t.sizes, t.ndim);
 }
 
 void Check::bind(const char* dim, std::int64_t size) {

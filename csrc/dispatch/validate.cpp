@@ -324,30 +324,23 @@ bool same_leading(const TensorView& a, const TensorView& b) {
   return true;
 }
 
-std::string shape_text(const TensorView& t) {
-  std::string text = dtype_name(t.dtype);
-  text += " [";
-  for (int i = 0; i < t.ndim; ++i) text.append(i ? ", " : "").append(std::to_string(t.sizes[i]));
-  return text + "]";
-}
-
 // [..., n] of any rank from 1 on.
 void rows_of_values(Check& c, const char* name, const TensorView& t, DTypes dtypes) {
   bool known = false;
   for (DType dtype : dtypes) known |= dtype == t.dtype;
-  c.that(known && t.ndim >= 1, name, "float32, bfloat16 or float16 [..., n]", shape_text(t));
+  c.that(known && t.ndim >= 1, name, "float32, bfloat16 or float16 [..., n]", describe_tensor(t));
   c.that(!c.ok() || t.size(-1) <= 1 || t.stride(-1) == 1, name, "stride 1 in the last dimension",
-         shape_text(t) + " with another");
+         describe_tensor(t) + " with another");
 }
 
 void like_rows(Check& c, const char* name, const TensorView& t, DType dtype, const TensorView& like,
                std::int64_t last, const char* expected) {
   if (!c.ok()) return;
   c.that(t.dtype == dtype && same_leading(t, like) && t.size(-1) == last, name, expected,
-         shape_text(t));
+         describe_tensor(t));
   c.that(t.device == like.device, name, "a tensor on the device of x", device_name(t.device));
   c.that(!c.ok() || t.size(-1) <= 1 || t.stride(-1) == 1, name, "stride 1 in the last dimension",
-         shape_text(t) + " with another");
+         describe_tensor(t) + " with another");
 }
 
 }  // namespace
@@ -427,7 +420,7 @@ Status validate(const MlaCacheGatherParams& p) {
     out_dtype = kBF16;
     const std::int64_t width = p.kv_cache.ndim == 4 ? p.kv_cache.size(3) : 0;
     c.that(width == MlaV32Layout::kTokenBytes || width == MlaV4Layout::kTokenBytes, "kv_cache",
-           "656 or 584 bytes a token for a uint8 cache", shape_text(p.kv_cache));
+           "656 or 584 bytes a token for a uint8 cache", describe_tensor(p.kv_cache));
     fp8_mla_cache(c, "kv_cache", p.kv_cache, {kU8}, "pages", "page_size",
                   width == MlaV32Layout::kTokenBytes ? "656" : "584");
     c.bind("d", width == MlaV32Layout::kTokenBytes ? MlaV32Layout::kDim : MlaV4Layout::kDim);
