@@ -1,88 +1,137 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks``: each op on the CPU beside the plain-PyTorch reference, in one run.
+"""Benchmarks of dsa_ext, each case checked against the reference in the same run.
 
-Every case is checked for correctness before it is timed. `--json FILE` also writes the rows.
+    python -m benchmarks                      every case on this machine's device
+    python -m benchmarks --list               their names
+    python -m benchmarks --filter 'paged.*b128'  cases whose "op case" matches
+    python -m benchmarks --quick              a few of each family
+    python -m benchmarks --json out.json --plot out.png
+
+On a GPU, a row holds the median time of a call with a cold L2 cache and its spread (10th to 90th
+percentile), FLOP and bytes a second, the share of the binding roof (matrix-product peak or copy
+bandwidth, both measured at the start), and the time of each installed peer over ours. Bytes count
+each needed input byte and each output byte once. Peers, all optional: FlashMLA, DeepGEMM,
+sgl_kernel, FlashInfer and PyTorch; the head of the output says which are here and why the others
+are not. sgl_kernel's library may also be named by DSA_BENCH_SGL_KERNEL=<path of common_ops.*.so>.
+Without a GPU, the CPU backend is compared with the plain-PyTorch reference.
+
+The exit code is 1 if a result is wrong or a case fails; a peer's error is only shown.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import platform
-import statistics
-import time
-from collections.abc import Callable
+import re
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import dsa_ext
-from benchmarks.cases import Case, all_cases
+from benchmarks import peers, plot, table
+from benchmarks.cases import all_cases
+from benchmarks.roofs import Roofs, measure_roofs
+from benchmarks.runner import Row, run_case
+from dsa_ext import _C
 
 
-def timed_ms(fn: Callable[[], Tensor], repeats: int) -> tuple[float, float]:
-    """Median and spread (max - min) of `repeats` calls after one warm-up, in ms."""
-    fn()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        fn()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times), max(times) - min(times)
+def default_device() -> str:
+    """Return "cuda" where a GPU is and this build has kernels for it."""
+    built = any(kernel["device"] == "cuda" for kernel in _C.kernels())
+    return "cuda" if built and torch.cuda.is_available() else "cpu"
 
 
-def difference(case: Case) -> float:
-    """1 - 2<x, y> / (<x, x> + <y, y>) of ours and the reference; must be tiny (0 if exact)."""
-    x, y = case.ours().double(), case.peer().double()
-    if case.exact:
-        return 0.0 if torch.equal(x, y) else 1.0
-    return float(1 - 2 * (x * y).sum() / ((x * x).sum() + (y * y).sum()))
-
-
-def run(case: Case, repeats: int) -> dict[str, object]:
-    diff = difference(case)
-    if not diff < 7e-6:
-        raise SystemExit(f"{case.op} {case.shape}: wrong result, d = {diff:.1e}")
-    ours, spread = timed_ms(case.ours, repeats)
-    peer, peer_spread = timed_ms(case.peer, repeats)
-    return {
-        "op": case.op,
-        "shape": case.shape,
-        "ms": ours,
-        "spread_ms": spread,
-        "gflops": case.flop / ours / 1e6,
-        "reference_ms": peer,
-        "reference_spread_ms": peer_spread,
-        "speedup": peer / ours,
-        "d": diff,
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    args = parser.parse_args()
-
-    info = dsa_ext.build_info()
-    print(
-        f"dsa_ext {dsa_ext.__version__}, torch {torch.__version__}, {platform.machine()} "
-        f"{info['cpu_isa']} kernels, {torch.get_num_threads()} threads; median of {args.repeats}"
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    print(f"{'op':22} {'shape':46} {'ms':>9} {'+-':>6} {'GFLOP/s':>8} {'reference':>10} ratio")
-    rows = []
-    for case in all_cases():
-        row = run(case, args.repeats)
-        rows.append(row)
-        gflops = f"{row['gflops']:8.0f}" if case.flop else f"{'':8}"
-        print(
-            f"{case.op:22} {case.shape:46} {row['ms']:9.1f} {row['spread_ms']:6.1f} {gflops} "
-            f"{row['reference_ms']:7.1f} ms {row['speedup']:5.1f}x"
-        )
-    if args.json:
-        args.json.write_text(json.dumps({"build": info, "rows": rows}, indent=1) + "\n")
+    parser.add_argument("--filter", default="", metavar="REGEX", help='cases by their "op case"')
+    parser.add_argument("--quick", action="store_true", help="a few cases of each family")
+    parser.add_argument("--list", action="store_true", help="print the cases and stop")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device())
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the ratios there")
+    return parser.parse_args()
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    isa = dsa_ext.build_info()["cpu_isa"]
+    return f"{platform.machine()} {isa}, {torch.get_num_threads()} threads"
+
+
+def versions(device: torch.device) -> dict[str, str | None]:
+    here: dict[str, str | None] = {
+        "dsa_ext": dsa_ext.__version__,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+    }
+    return here | (peers.versions() if device.type == "cuda" else {})
+
+
+def document(
+    name: str, packages: dict[str, str | None], roofs: Roofs | None, rows: list[Row]
+) -> str:
+    content = {
+        "date": datetime.date.today().isoformat(),
+        "gpu" if roofs else "cpu": name,
+        "versions": packages,
+        "roofs": asdict(roofs) if roofs else None,
+        "rows": [asdict(row) for row in rows],
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
+def section(title: str, lines: list[str]) -> None:
+    if lines:
+        print("", title, *(f"  {line}" for line in lines), sep="\n")
+
+
+def main() -> int:
+    args = arguments()
+    device = torch.device(args.device)
+    wanted = re.compile(args.filter)
+    cases = [
+        case
+        for case in all_cases(device)
+        if wanted.search(str(case)) and (case.quick or not args.quick)
+    ]
+    if args.list:
+        print(*cases, sep="\n")
+        return 0
+
+    name, packages = machine(device), versions(device)
+    print(name)
+    print(*(f"{package}: {version}" for package, version in packages.items()), sep="\n")
+    roofs = measure_roofs(device) if device.type == "cuda" else None
+    if roofs:
+        torch.cuda.empty_cache()
+        print(f"roofs: {roofs}")
+    print("", table.HEADER, sep="\n", flush=True)
+    rows: list[Row] = []
+    try:
+        for case in cases:
+            rows.append(run_case(case, device, roofs))
+            print(table.line(rows[-1]), flush=True)
+    finally:
+        if args.json:
+            args.json.write_text(document(name, packages, roofs, rows))
+    section("targets", table.bars(rows))
+    section("end to end", table.sparse_against_dense(rows))
+    if args.plot:
+        plot.save(rows, f"dsa_ext {dsa_ext.__version__} on {name}", args.plot)
+    failed = [row for row in rows if row.failed]
+    section("failed", [f"{row.op} {row.case}: {row.status}" for row in failed])
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -25,3 +25,22 @@ if(NOT DSA_CUDA STREQUAL "OFF")
   endif()
 endif()
 message(STATUS "dsa_ext: CUDA backend ${DSA_WITH_CUDA} (DSA_CUDA=${DSA_CUDA})")
+
+# dsa_cuda_portable(target sources...): adds .cu files to `target`, compiled for DSA_CUDA_ARCHS (SASS
+# for each, PTX of the last). A register spill is an error.
+function(dsa_cuda_portable target)
+  set(gencode "")
+  foreach(arch IN LISTS DSA_CUDA_ARCHS)
+    list(APPEND gencode "-gencode=arch=compute_${arch},code=sm_${arch}")
+    set(newest ${arch})
+  endforeach()
+  list(APPEND gencode "-gencode=arch=compute_${newest},code=compute_${newest}")
+  add_library(${target}_portable OBJECT ${ARGN})
+  target_include_directories(${target}_portable PRIVATE
+    $<TARGET_PROPERTY:${target},INCLUDE_DIRECTORIES>)
+  target_link_libraries(${target}_portable PRIVATE CUDA::cudart_static)
+  target_compile_options(${target}_portable PRIVATE
+    ${gencode} --expt-relaxed-constexpr -Xfatbin=-compress-all -Xcompiler=-Wall,-Wextra
+    -Xptxas=--warn-on-spills,--warning-as-error)
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_portable>)
+endfunction()

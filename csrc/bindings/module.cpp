@@ -78,6 +78,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_devices", &cuda_devices, "CUDA devices this process sees: name, arch, num_sms.");
   m.def("kernels", &kernels, "Every kernel of this build: op, id, device, takes.");
 
+  m.attr("MAX_WORKSPACE_BYTES") = dsa::kMaxWorkspaceBytes;
   m.attr("INDEXER_SCALE_BYTES") = dsa::IndexerLayout::kScaleBytes;
   m.attr("MLA_V32") = mla_layout<dsa::MlaV32Layout>();
   m.attr("MLA_V4") = mla_layout<dsa::MlaV4Layout>();

@@ -78,6 +78,19 @@ void raise_if_failed(const dsa::Status& status) {
   throw std::runtime_error(status.message());
 }
 
+// A kernel's workspace, from torch's allocator: stream-ordered, so that it may be dropped as soon
+// as the kernels are launched.
+struct Workspace {
+  const Tensor& anchor;
+  OptTensor bytes;
+
+  static void* allocate(std::int64_t size, void* context) {
+    auto& self = *static_cast<Workspace*>(context);
+    self.bytes = torch::stable::new_empty(self.anchor, {size}, torch::headeronly::ScalarType::Byte);
+    return self.bytes->data_ptr();
+  }
+};
+
 // Runs an op where its tensors live: on their device, on torch's current stream.
 template <typename Params>
 void call(dsa::Status (*op)(const Params&), Params& params, const Tensor& anchor) {
@@ -89,6 +102,9 @@ void call(dsa::Status (*op)(const Params&), Params& params, const Tensor& anchor
   const torch::stable::accelerator::DeviceGuard guard(params.launch.device.index);
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_get_current_cuda_stream(params.launch.device.index, &params.launch.stream));
+  Workspace workspace{anchor, std::nullopt};
+  params.launch.allocate = Workspace::allocate;
+  params.launch.allocate_context = &workspace;
   raise_if_failed(op(params));
 }
 
@@ -135,7 +151,7 @@ void get_paged_mqa_logits_metadata(Tensor context_lens, std::int64_t block_kv, s
 }
 
 void fp8_mqa_topk(Tensor q, Tensor k, Tensor k_scale, Tensor weights, Tensor k_start, Tensor k_end,
-                  std::int64_t topk, Tensor indices, OptTensor scores) {
+                  std::int64_t topk, Tensor indices, OptTensor scores, OptTensor workspace) {
   dsa::MqaTopkParams p;
   p.q = view(q);
   p.k = view(k);
@@ -146,12 +162,14 @@ void fp8_mqa_topk(Tensor q, Tensor k, Tensor k_scale, Tensor weights, Tensor k_s
   p.topk = topk;
   p.indices = view(indices);
   p.scores = view(scores);
+  p.workspace = view(workspace);
   call(dsa::fp8_mqa_topk, p, q);
 }
 
 void fp8_paged_mqa_topk(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens,
                         Tensor block_table, OptTensor schedule_meta, std::int64_t max_context_len,
-                        std::int64_t topk, bool return_slots, Tensor indices, OptTensor scores) {
+                        std::int64_t topk, bool return_slots, Tensor indices, OptTensor scores,
+                        OptTensor workspace) {
   dsa::PagedMqaTopkParams p;
   p.q = view(q);
   p.kv_cache = view(kv_cache);
@@ -164,6 +182,7 @@ void fp8_paged_mqa_topk(Tensor q, Tensor kv_cache, Tensor weights, Tensor contex
   p.return_slots = return_slots;
   p.indices = view(indices);
   p.scores = view(scores);
+  p.workspace = view(workspace);
   call(dsa::fp8_paged_mqa_topk, p, q);
 }
 
@@ -230,7 +249,7 @@ void flash_mla_with_kvcache(Tensor q, Tensor k_cache, OptTensor block_table,
                             bool causal, bool is_fp8_kvcache, OptTensor indices,
                             OptTensor attn_sink, OptTensor extra_k_cache, OptTensor extra_indices,
                             OptTensor topk_length, OptTensor extra_topk_length,
-                            bool batch_invariant, Tensor out, Tensor lse) {
+                            bool batch_invariant, Tensor out, Tensor lse, OptTensor workspace) {
   dsa::KvCacheFwdParams p;
   p.q = view(q);
   p.k_cache = view(k_cache);
@@ -249,6 +268,7 @@ void flash_mla_with_kvcache(Tensor q, Tensor k_cache, OptTensor block_table,
   p.batch_invariant = batch_invariant;
   p.out = view(out);
   p.lse = view(lse);
+  p.workspace = view(workspace);
   call(dsa::flash_mla_with_kvcache, p, q);
 }
 
@@ -338,11 +358,12 @@ STABLE_TORCH_LIBRARY(dsa_ext, m) {
       "Tensor? indices, Tensor(a!) out) -> ()");
   m.def(
       "fp8_mqa_topk(Tensor q, Tensor k, Tensor k_scale, Tensor weights, Tensor k_start, "
-      "Tensor k_end, int topk, Tensor(a!) indices, Tensor(b!)? scores) -> ()");
+      "Tensor k_end, int topk, Tensor(a!) indices, Tensor(b!)? scores, Tensor(c!)? workspace) -> "
+      "()");
   m.def(
       "fp8_paged_mqa_topk(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens, "
       "Tensor block_table, Tensor? schedule_meta, int max_context_len, int topk, "
-      "bool return_slots, Tensor(a!) indices, Tensor(b!)? scores) -> ()");
+      "bool return_slots, Tensor(a!) indices, Tensor(b!)? scores, Tensor(c!)? workspace) -> ()");
   m.def(
       "topk_select(Tensor scores, int topk, Tensor? row_starts, Tensor? row_ends, "
       "Tensor? index_base, int index_base_scalar, Tensor? block_table, int page_size, "
@@ -362,7 +383,7 @@ STABLE_TORCH_LIBRARY(dsa_ext, m) {
       "Tensor? cache_seqlens, int head_dim_v, float softmax_scale, bool causal, "
       "bool is_fp8_kvcache, Tensor? indices, Tensor? attn_sink, Tensor? extra_k_cache, "
       "Tensor? extra_indices, Tensor? topk_length, Tensor? extra_topk_length, "
-      "bool batch_invariant, Tensor(a!) out, Tensor(b!) lse) -> ()");
+      "bool batch_invariant, Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? workspace) -> ()");
   m.def("merge_attn_states(Tensor outs, Tensor lses, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("hadamard_transform(Tensor x, Tensor(a!) out) -> ()");
   m.def("per_token_cast_to_fp8(Tensor x, bool use_ue8m0, Tensor(a!) out, Tensor(b!) scale) -> ()");

@@ -14,7 +14,7 @@
 
 #include <cstdint>
 
-#include "cpu/page_table.h"
+#include "core/page_table.h"
 #include "cpu/simd/microkernels.h"
 #include "cpu/workers.h"
 #include "dsa/params.h"

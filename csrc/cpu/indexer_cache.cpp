@@ -4,8 +4,8 @@
 #include <cstring>
 
 #include "cpu/cpu_kernels.h"
-#include "cpu/page_table.h"
-#include "cpu/quant_group.h"
+#include "core/page_table.h"
+#include "core/quant_group.h"
 #include "cpu/ragged_slots.h"
 #include "cpu/slot_writes.h"
 #include "cpu/tensor_rows.h"

@@ -15,7 +15,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu/page_table.h"
+#include "core/page_table.h"
 #include "cpu/simd/microkernels.h"
 #include "cpu/workers.h"
 #include "dsa/kv_layout.h"

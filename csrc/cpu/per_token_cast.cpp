@@ -3,7 +3,7 @@
 #include <cstdint>
 
 #include "cpu/cpu_kernels.h"
-#include "cpu/quant_group.h"
+#include "core/quant_group.h"
 #include "cpu/tensor_rows.h"
 #include "dsa/parallel.h"
 

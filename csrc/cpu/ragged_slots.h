@@ -8,7 +8,7 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/page_table.h"
+#include "core/page_table.h"
 #include "dsa/params.h"
 
 namespace dsa::cpu {

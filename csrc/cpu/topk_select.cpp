@@ -4,7 +4,7 @@
 #include <limits>
 
 #include "cpu/cpu_kernels.h"
-#include "cpu/page_table.h"
+#include "core/page_table.h"
 #include "cpu/tensor_rows.h"
 #include "cpu/topk_row.h"
 #include "dsa/parallel.h"

@@ -55,6 +55,36 @@ Status forced_kernel(std::string_view* forced) {
   return {};
 }
 
+// Runs the kernel with a workspace that is large enough: the caller's, or one of launch.allocate.
+template <typename Params>
+Status run(const Kernel<Params>& kernel, const Params& p) {
+  const std::int64_t bytes = kernel.workspace_bytes != nullptr ? kernel.workspace_bytes(p) : 0;
+  if constexpr (requires { p.workspace; }) {
+    if (p.workspace.defined() && p.workspace.numel() < bytes) {
+      return Status::invalid_argument(std::string(p.kOp) + ": workspace: expected at least " +
+                                      std::to_string(bytes) + " bytes for this shape, got " +
+                                      std::to_string(p.workspace.numel()));
+    }
+    if (bytes > 0 && !p.workspace.defined()) {
+      Params with = p;
+      if (p.launch.allocate != nullptr) {
+        with.workspace.data = p.launch.allocate(bytes, p.launch.allocate_context);
+      }
+      if (with.workspace.data == nullptr) {
+        return Status::invalid_argument(std::string(p.kOp) + ": workspace: expected " +
+                                        std::to_string(bytes) + " bytes for this shape, got None");
+      }
+      with.workspace.dtype = DType::kUInt8;
+      with.workspace.device = p.launch.device;
+      with.workspace.ndim = 1;
+      with.workspace.sizes[0] = bytes;
+      with.workspace.strides[0] = 1;
+      return kernel.run(with);
+    }
+  }
+  return kernel.run(p);
+}
+
 template <typename Params>
 Status dispatch(const Params& p) {
   if (Status status = validate(p); !status.ok()) return status;
@@ -69,10 +99,11 @@ Status dispatch(const Params& p) {
       reasons += (reasons.empty() ? "" : "; ") + std::string(kernel.id) + ": " + support.reason;
       continue;
     }
+    if (forced.empty() && kernel.loses != nullptr && kernel.loses(p)) continue;
     if (const char* log = std::getenv("DSA_LOG"); log != nullptr && std::strcmp(log, "1") == 0) {
       std::fprintf(stderr, "dsa_ext: %s -> %s\n", Params::kOp, kernel.id);
     }
-    return kernel.run(p);
+    return run(kernel, p);
   }
   return Status::unsupported(std::string(Params::kOp) +
                              ": no kernel of this build takes these "

@@ -2,6 +2,10 @@
 #include "dispatch/registry.h"
 
 #include "cpu/cpu_kernels.h"
+#include "dispatch/heuristics.h"
+#if DSA_WITH_CUDA
+#include "cuda/cuda_kernels.h"
+#endif
 
 namespace dsa {
 
@@ -19,6 +23,8 @@ Support index_head_dim(const Params& p) {
   return {"index_head_dim 32, 64 or 128, not " + std::to_string(d)};
 }
 
+}  // namespace
+
 Support mla_dims(std::int64_t d_qk, std::int64_t d_v) {
   if (d_v % 64 != 0 || d_v > 512) {
     return {"d_v a multiple of 64 up to 512, not " + std::to_string(d_v)};
@@ -28,6 +34,8 @@ Support mla_dims(std::int64_t d_qk, std::int64_t d_v) {
   return {"d_qk - d_v 0, 32 or 64, not " + std::to_string(d_rope)};
 }
 
+namespace {
+
 Support sparse_fwd_dims(const SparseFwdParams& p) { return mla_dims(p.q.size(-1), p.d_v); }
 
 // An 8-bit cache fixes its own dimensions (validate.cpp).
@@ -35,49 +43,127 @@ Support kvcache_dims(const KvCacheFwdParams& p) {
   return p.is_fp8_kvcache ? Support{} : mla_dims(p.q.size(-1), p.head_dim_v);
 }
 
-constexpr const char* kIndexShapes = "any H, D 32, 64 or 128";
+constexpr const char* kIndexCpu = "any H, D 32, 64 or 128";
 constexpr const char* kMlaShapes = "any heads and top-k; d_v 64..512, d_rope 0, 32 or 64";
+constexpr const char* kSelection = "any k and row length; fp32, bf16, fp16";
+constexpr const char* kDecodeCpu = "dense and sparse; 16-bit, 656-byte and 584-byte caches";
+constexpr const char* kHadamard = "sizes 1 to 32768";
+constexpr const char* kMlaCaches = "16-bit, 656-byte and 584-byte caches";
+constexpr DeviceType kCpu = DeviceType::kCpu;
+#if DSA_WITH_CUDA
+constexpr DeviceType kCuda = DeviceType::kCuda;
+constexpr const char* kIndexCuda = "SM80 and newer; H 1..128, D 32, 64 or 128";
+constexpr const char* kIndexE4m3 = "SM89 and newer; H 1..128, D 32, 64 or 128";
+constexpr const char* kIndexTopkCuda = "SM80 and newer; H 1..128, D 32, 64 or 128; 2^24 keys";
+constexpr const char* kDecodeCuda =
+    "dense and sparse; 16-bit, 656-byte and 584-byte caches; bf16 q for 8-bit ones";
+#endif
 
 }  // namespace
 
-#define DSA_CPU_KERNEL(PARAMS, ID, TAKES, SUPPORTS, RUN)                                      \
-  template <>                                                                                 \
-  std::span<const Kernel<PARAMS>> kernels<PARAMS>() {                                         \
-    static constexpr Kernel<PARAMS> table[] = {{ID, DeviceType::kCpu, TAKES, SUPPORTS, RUN}}; \
-    return table;                                                                             \
+// DSA_KERNELS(params, entry, ...): the kernels of an op, best first. An entry of DSA_CUDA is there
+// in a build with CUDA only.
+#define DSA_KERNELS(PARAMS, ...)                             \
+  template <>                                                \
+  std::span<const Kernel<PARAMS>> kernels<PARAMS>() {        \
+    static constexpr Kernel<PARAMS> table[] = {__VA_ARGS__}; \
+    return table;                                            \
   }
+#if DSA_WITH_CUDA
+#define DSA_CUDA(...) {__VA_ARGS__},
+#else
+#define DSA_CUDA(...)
+#endif
 
-DSA_CPU_KERNEL(MqaLogitsParams, "cpu_mqa_logits", kIndexShapes, index_head_dim, cpu::mqa_logits)
-DSA_CPU_KERNEL(PagedMqaLogitsParams, "cpu_paged_mqa_logits", kIndexShapes, index_head_dim,
-               cpu::paged_mqa_logits)
-DSA_CPU_KERNEL(PagedMqaLogitsMetadataParams, "cpu_paged_mqa_logits_metadata", "any", any,
-               cpu::paged_mqa_logits_metadata)
-DSA_CPU_KERNEL(MqaTopkParams, "cpu_mqa_topk", kIndexShapes, index_head_dim, cpu::mqa_topk)
-DSA_CPU_KERNEL(PagedMqaTopkParams, "cpu_paged_mqa_topk", kIndexShapes, index_head_dim,
-               cpu::paged_mqa_topk)
-DSA_CPU_KERNEL(TopkSelectParams, "cpu_topk_select", "any k and row length; fp32, bf16, fp16", any,
-               cpu::topk_select)
-DSA_CPU_KERNEL(MapToSlotsParams, "cpu_map_to_slots", "any", any, cpu::map_to_slots)
-DSA_CPU_KERNEL(MergeTopkParams, "cpu_merge_topk", "any", any, cpu::merge_topk)
-DSA_CPU_KERNEL(SparseFwdParams, "cpu_sparse_fwd", kMlaShapes, sparse_fwd_dims, cpu::sparse_fwd)
-DSA_CPU_KERNEL(KvCacheFwdParams, "cpu_kvcache_fwd",
-               "dense and sparse; 16-bit, 656-byte and 584-byte caches", kvcache_dims,
-               cpu::kvcache_fwd)
-DSA_CPU_KERNEL(MergeAttnStatesParams, "cpu_merge_attn_states", "any", any, cpu::merge_attn_states)
-DSA_CPU_KERNEL(HadamardParams, "cpu_hadamard_transform", "sizes 1 to 32768", any,
-               cpu::hadamard_transform)
-DSA_CPU_KERNEL(PerTokenCastParams, "cpu_per_token_cast_to_fp8", "any", any,
-               cpu::per_token_cast_to_fp8)
-DSA_CPU_KERNEL(IndexerCacheWriteParams, "cpu_indexer_k_quant_and_cache", "D up to 128", any,
-               cpu::indexer_cache_write)
-DSA_CPU_KERNEL(IndexerCacheGatherParams, "cpu_gather_indexer_k_cache", "any", any,
-               cpu::indexer_cache_gather)
-DSA_CPU_KERNEL(MlaCacheWriteParams, "cpu_mla_kv_quant_and_cache",
-               "16-bit, 656-byte and 584-byte caches", any, cpu::mla_cache_write)
-DSA_CPU_KERNEL(MlaCacheGatherParams, "cpu_gather_mla_kv_cache",
-               "16-bit, 656-byte and 584-byte caches", any, cpu::mla_cache_gather)
+DSA_KERNELS(MqaLogitsParams,
+            DSA_CUDA("portable_mqa_logits_e4m3", kCuda, kIndexE4m3, cuda::mqa_logits_e4m3_takes,
+                     cuda::mqa_logits_e4m3, nullptr, e4m3_products_are_widened)
+                DSA_CUDA("portable_mqa_logits", kCuda, kIndexCuda, cuda::mqa_logits_takes,
+                         cuda::mqa_logits){"cpu_mqa_logits", kCpu, kIndexCpu, index_head_dim,
+                                           cpu::mqa_logits})
 
-#undef DSA_CPU_KERNEL
+DSA_KERNELS(PagedMqaLogitsParams,
+            DSA_CUDA("portable_paged_mqa_logits_e4m3", kCuda, kIndexE4m3,
+                     cuda::paged_mqa_logits_e4m3_takes, cuda::paged_mqa_logits_e4m3, nullptr,
+                     e4m3_products_are_widened)
+                DSA_CUDA("portable_paged_mqa_logits", kCuda, kIndexCuda,
+                         cuda::paged_mqa_logits_takes, cuda::paged_mqa_logits){
+                    "cpu_paged_mqa_logits", kCpu, kIndexCpu, index_head_dim, cpu::paged_mqa_logits})
+
+DSA_KERNELS(PagedMqaLogitsMetadataParams,
+            DSA_CUDA("portable_paged_mqa_logits_metadata", kCuda, "any", any,
+                     cuda::paged_mqa_logits_metadata){"cpu_paged_mqa_logits_metadata", kCpu, "any",
+                                                      any, cpu::paged_mqa_logits_metadata})
+
+DSA_KERNELS(MqaTopkParams,
+            DSA_CUDA("portable_mqa_topk", kCuda, kIndexTopkCuda, cuda::mqa_topk_takes,
+                     cuda::mqa_topk, cuda::mqa_topk_workspace_bytes){
+                "cpu_mqa_topk", kCpu, kIndexCpu, index_head_dim, cpu::mqa_topk})
+
+DSA_KERNELS(PagedMqaTopkParams,
+            DSA_CUDA("portable_paged_mqa_topk", kCuda, kIndexTopkCuda, cuda::paged_mqa_topk_takes,
+                     cuda::paged_mqa_topk, cuda::paged_mqa_topk_workspace_bytes){
+                "cpu_paged_mqa_topk", kCpu, kIndexCpu, index_head_dim, cpu::paged_mqa_topk})
+
+DSA_KERNELS(TopkSelectParams,
+            DSA_CUDA("portable_topk_select", kCuda, kSelection, any, cuda::topk_select){
+                "cpu_topk_select", kCpu, kSelection, any, cpu::topk_select})
+
+DSA_KERNELS(MapToSlotsParams,
+            DSA_CUDA("portable_map_to_slots", kCuda, "any", any, cuda::map_to_slots){
+                "cpu_map_to_slots", kCpu, "any", any, cpu::map_to_slots})
+
+DSA_KERNELS(MergeTopkParams,
+            DSA_CUDA("portable_merge_topk", kCuda, "the smaller of k and row length up to 8192",
+                     cuda::merge_topk_takes,
+                     cuda::merge_topk){"cpu_merge_topk", kCpu, "any", any, cpu::merge_topk})
+
+DSA_KERNELS(SparseFwdParams,
+            DSA_CUDA("portable_sparse_fwd", kCuda, kMlaShapes, cuda::sparse_fwd_takes,
+                     cuda::sparse_fwd){"cpu_sparse_fwd", kCpu, kMlaShapes, sparse_fwd_dims,
+                                       cpu::sparse_fwd})
+
+DSA_KERNELS(KvCacheFwdParams,
+            DSA_CUDA("portable_kvcache_fwd", kCuda, kDecodeCuda, cuda::kvcache_fwd_takes,
+                     cuda::kvcache_fwd, cuda::kvcache_fwd_workspace_bytes){
+                "cpu_kvcache_fwd", kCpu, kDecodeCpu, kvcache_dims, cpu::kvcache_fwd})
+
+DSA_KERNELS(MergeAttnStatesParams,
+            DSA_CUDA("portable_merge_attn_states", kCuda, "any", any, cuda::merge_attn_states){
+                "cpu_merge_attn_states", kCpu, "any", any, cpu::merge_attn_states})
+
+DSA_KERNELS(HadamardParams,
+            DSA_CUDA("portable_hadamard_transform", kCuda, kHadamard, any,
+                     cuda::hadamard_transform){"cpu_hadamard_transform", kCpu, kHadamard, any,
+                                               cpu::hadamard_transform})
+
+DSA_KERNELS(PerTokenCastParams,
+            DSA_CUDA("portable_per_token_cast_to_fp8", kCuda, "any", any,
+                     cuda::per_token_cast_to_fp8){"cpu_per_token_cast_to_fp8", kCpu, "any", any,
+                                                  cpu::per_token_cast_to_fp8})
+
+DSA_KERNELS(IndexerCacheWriteParams,
+            DSA_CUDA("portable_indexer_k_quant_and_cache", kCuda, "D up to 128", any,
+                     cuda::indexer_cache_write){"cpu_indexer_k_quant_and_cache", kCpu,
+                                                "D up to 128", any, cpu::indexer_cache_write})
+
+DSA_KERNELS(IndexerCacheGatherParams,
+            DSA_CUDA("portable_gather_indexer_k_cache", kCuda, "any", any,
+                     cuda::indexer_cache_gather){"cpu_gather_indexer_k_cache", kCpu, "any", any,
+                                                 cpu::indexer_cache_gather})
+
+DSA_KERNELS(MlaCacheWriteParams,
+            DSA_CUDA("portable_mla_kv_quant_and_cache", kCuda, kMlaCaches, any,
+                     cuda::mla_cache_write){"cpu_mla_kv_quant_and_cache", kCpu, kMlaCaches, any,
+                                            cpu::mla_cache_write})
+
+DSA_KERNELS(MlaCacheGatherParams,
+            DSA_CUDA("portable_gather_mla_kv_cache", kCuda, kMlaCaches, any,
+                     cuda::mla_cache_gather){"cpu_gather_mla_kv_cache", kCpu, kMlaCaches, any,
+                                             cpu::mla_cache_gather})
+
+#undef DSA_KERNELS
+#undef DSA_CUDA
 
 namespace {
 

@@ -122,6 +122,14 @@ void page_table(Check& c, const TensorView& block_table, std::int64_t page_size,
          std::to_string(requests) + " for " + std::to_string(rows) + " rows");
 }
 
+// Device memory for kernels that need some; its size is checked once a kernel is chosen.
+void workspace(Check& c, const TensorView& t) {
+  c.optional("workspace", t, DTypes{kU8}, Shape{"bytes"});
+  if (!c.ok() || !t.defined()) return;
+  c.that(reinterpret_cast<std::uintptr_t>(t.data) % 16 == 0, "workspace",
+         "a 16-byte aligned tensor", std::string("another"));
+}
+
 void attention_scale(Check& c, const char* name, double scale) {
   const bool finite = scale - scale == 0.0;
   c.that(finite, name, "a finite number", std::to_string(scale));
@@ -163,6 +171,7 @@ Status validate(const MqaTopkParams& p) {
   Check c(p.kOp, p.launch.device);
   prefill_logits_inputs(c, p.q, p.k, p.k_scale, p.weights, p.k_start, p.k_end);
   topk_outputs(c, "out", p.indices, p.scores, "S", p.topk);
+  workspace(c, p.workspace);
   return c.take();
 }
 
@@ -171,6 +180,7 @@ Status validate(const PagedMqaTopkParams& p) {
   paged_logits_inputs(c, p.q, p.kv_cache, p.weights, p.context_lens, p.block_table, p.schedule_meta,
                       p.max_context_len);
   topk_outputs(c, "out", p.indices, p.scores, "B*next_n", p.topk);
+  workspace(c, p.workspace);
   return c.take();
 }
 
@@ -301,6 +311,7 @@ Status validate(const KvCacheFwdParams& p) {
   c.bind("d_v", p.head_dim_v);
   c.tensor("out", p.out, {p.q.dtype}, {"b", "s_q", "h_q", "d_v"});
   c.tensor("out lse", p.lse, {kF32}, {"b", "h_q", "s_q"}, Layout::kAnyStrides);
+  workspace(c, p.workspace);
   return c.take();
 }
 

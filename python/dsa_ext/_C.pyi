@@ -26,6 +26,7 @@ class MlaLayout(TypedDict):
     group: int
     token_bytes: int
 
+MAX_WORKSPACE_BYTES: int
 INDEXER_SCALE_BYTES: int
 MLA_V32: MlaLayout
 MLA_V4: MlaLayout

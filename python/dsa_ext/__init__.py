@@ -10,7 +10,7 @@ carry the names and positional signatures of FlashMLA and DeepGEMM where those h
 """
 
 from dsa_ext import nn, reference
-from dsa_ext._C import build_info
+from dsa_ext._C import MAX_WORKSPACE_BYTES, build_info
 from dsa_ext.attention import (
     FlashMLASchedMeta,
     flash_mla_sparse_fwd,
@@ -37,6 +37,7 @@ from dsa_ext.topk import map_to_slots, merge_topk, topk_select
 __version__ = build_info()["version"]
 
 __all__ = [
+    "MAX_WORKSPACE_BYTES",
     "FlashMLASchedMeta",
     "__version__",
     "build_info",

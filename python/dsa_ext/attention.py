@@ -96,6 +96,7 @@ def flash_mla_with_kvcache(
     *,
     out: tuple[Tensor, Tensor] | None = None,
     batch_invariant: bool = False,
+    workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of s_q query tokens a request over the paged latent cache (decode).
 
@@ -123,6 +124,8 @@ def flash_mla_with_kvcache(
         extra_topk_length: the same for extra_indices_in_kvcache.
         out: the pair to write into.
         batch_invariant: a row's bits do not depend on the rest of the batch (always so on the CPU).
+        workspace: uint8 scratch memory of the call, so that nothing is allocated;
+            ``dsa_ext.MAX_WORKSPACE_BYTES`` always suffice.
 
     Returns:
         out like q [b, s_q, h_q, head_dim_v]; lse float32 [b, h_q, s_q] (natural log, without the
@@ -156,6 +159,7 @@ def flash_mla_with_kvcache(
         extra_topk_length,
         batch_invariant,
         *out,
+        workspace,
     )
     return out
 

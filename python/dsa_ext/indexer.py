@@ -156,6 +156,7 @@ def fp8_mqa_topk(
     *,
     return_scores: Literal[False] = ...,
     out: Tensor | None = ...,
+    workspace: Tensor | None = ...,
 ) -> Tensor: ...
 @overload
 def fp8_mqa_topk(
@@ -168,6 +169,7 @@ def fp8_mqa_topk(
     *,
     return_scores: Literal[True],
     out: tuple[Tensor, Tensor] | None = ...,
+    workspace: Tensor | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def fp8_mqa_topk(
     q: Tensor,
@@ -179,6 +181,7 @@ def fp8_mqa_topk(
     *,
     return_scores: bool = False,
     out: Tensor | tuple[Tensor, Tensor] | None = None,
+    workspace: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`fp8_mqa_logits` straight to the k best keys of each row; no logits in memory.
 
@@ -187,6 +190,8 @@ def fp8_mqa_topk(
         k: how many keys to keep, >= 1.
         return_scores: also return the fp32 logits of the kept keys.
         out: int32 [S, k], or with return_scores the pair (indices, float32 [S, k]).
+        workspace: uint8 scratch memory of the call, so that nothing is allocated;
+            ``dsa_ext.MAX_WORKSPACE_BYTES`` always suffice.
 
     Returns:
         int32 [S, k] rows of kv, by the contract of :func:`dsa_ext.topk_select`; with return_scores
@@ -195,7 +200,7 @@ def fp8_mqa_topk(
     keys, k_scale = kv
     indices, scores = topk_outputs("fp8_mqa_topk", q, q.shape[:1], k, return_scores, out)
     ops.fp8_mqa_topk(
-        q, keys, k_scale, weights, cu_seq_len_k_start, cu_seq_len_k_end, k, indices, scores
+        q, keys, k_scale, weights, cu_seq_len_k_start, cu_seq_len_k_end, k, indices, scores, workspace
     )
     return indices if scores is None else (indices, scores)
 
@@ -214,6 +219,7 @@ def fp8_paged_mqa_topk(
     return_slots: bool = ...,
     return_scores: Literal[False] = ...,
     out: Tensor | None = ...,
+    workspace: Tensor | None = ...,
 ) -> Tensor: ...
 @overload
 def fp8_paged_mqa_topk(
@@ -229,6 +235,7 @@ def fp8_paged_mqa_topk(
     return_slots: bool = ...,
     return_scores: Literal[True],
     out: tuple[Tensor, Tensor] | None = ...,
+    workspace: Tensor | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def fp8_paged_mqa_topk(
     q: Tensor,
@@ -243,6 +250,7 @@ def fp8_paged_mqa_topk(
     return_slots: bool = False,
     return_scores: bool = False,
     out: Tensor | tuple[Tensor, Tensor] | None = None,
+    workspace: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`fp8_paged_mqa_logits` straight to the k best tokens of each row; no logits in memory.
 
@@ -255,6 +263,7 @@ def fp8_paged_mqa_topk(
         return_scores: also return the fp32 logits of the kept tokens.
         out: int32 [B * next_n, k], or with return_scores the pair (indices, scores
             float32 of that shape).
+        workspace: as in :func:`fp8_mqa_topk`.
 
     Returns:
         int32 [B * next_n, k], by the contract of :func:`dsa_ext.topk_select`; with return_scores
@@ -274,6 +283,7 @@ def fp8_paged_mqa_topk(
         return_slots,
         indices,
         scores,
+        workspace,
     )
     return indices if scores is None else (indices, scores)
 

@@ -14,7 +14,7 @@
 
 #include "core/half.h"
 #include "cpu/cpu_kernels.h"
-#include "cpu/page_table.h"
+#include "core/page_table.h"
 #include "cpu/topk_row.h"
 #include "view.h"
 
@@ -378,7 +378,7 @@ TEST(MapToSlots, RequestsOutsideTheTable) {
 
 TEST(PageTableRow, EntriesPastTheCacheAreInvalid) {
   const Ints entries{2, 3};
-  const cpu::PageTableRow row{entries.data(), 2, 64, 3};
+  const PageTableRow row{entries.data(), 2, 64, 3};
   EXPECT_EQ(row.page(0), 2);
   EXPECT_EQ(row.page(1), -1);
   EXPECT_EQ(row.page(-1), -1);

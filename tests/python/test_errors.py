@@ -364,6 +364,21 @@ WRONG = [
         {"return_scores": True, "out": (i32(2, 3),)},
         "out: expected the pair (indices, scores) with return_scores=True, got a tuple of 1",
     ),
+    (
+        topk,
+        {"workspace": t(64)},
+        "workspace: expected uint8 [bytes], got float32 [64]",
+    ),
+    (
+        topk,
+        {"workspace": t(4, 16, dtype=UINT8)},
+        "workspace: expected uint8 [bytes], got uint8 [4, 16]",
+    ),
+    (
+        topk,
+        {"workspace": t(64, dtype=UINT8)[1:]},
+        "workspace: expected a 16-byte aligned tensor, got another",
+    ),
     # fp8_paged_mqa_logits
     (
         paged_logits,
@@ -458,6 +473,21 @@ WRONG = [
         paged_topk,
         {"return_scores": True, "out": (i32(6, 3), t(6, 4))},
         "out scores: expected float32 [B*next_n=6, k=3], got float32 [6, 4]",
+    ),
+    (
+        paged_topk,
+        {"workspace": t(64)},
+        "workspace: expected uint8 [bytes], got float32 [64]",
+    ),
+    (
+        paged_topk,
+        {"workspace": t(4, 16, dtype=UINT8)},
+        "workspace: expected uint8 [bytes], got uint8 [4, 16]",
+    ),
+    (
+        paged_topk,
+        {"workspace": t(64, dtype=UINT8)[1:]},
+        "workspace: expected a 16-byte aligned tensor, got another",
     ),
     # get_paged_mqa_logits_metadata
     (
@@ -780,6 +810,21 @@ WRONG = [
         dense,
         {"out": (t(2, 1, 3, 512, dtype=BF16), t(2, 1, 3))},
         "out lse: expected float32 [b=2, h_q=3, s_q=1], got float32 [2, 1, 3]",
+    ),
+    (
+        decode,
+        {"workspace": t(64)},
+        "workspace: expected uint8 [bytes], got float32 [64]",
+    ),
+    (
+        decode,
+        {"workspace": t(4, 16, dtype=UINT8)},
+        "workspace: expected uint8 [bytes], got uint8 [4, 16]",
+    ),
+    (
+        decode,
+        {"workspace": t(64, dtype=UINT8)[1:]},
+        "workspace: expected a 16-byte aligned tensor, got another",
     ),
     # merge_attn_states
     (

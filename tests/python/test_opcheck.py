@@ -12,6 +12,7 @@ from dsa_ext import _C
 from helpers import E4M3, FORMATS, assert_same_bits, bits, int32, latent_cache, paged, random_e4m3
 
 FP32, BF16, INT32 = torch.float32, torch.bfloat16, torch.int32
+WORKSPACE_BYTES = 2**20  # more than any kernel asks for at these sizes
 
 
 def zeros(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
@@ -87,26 +88,31 @@ def op_arguments(op: str, device: str) -> list[dict | tuple]:
             "batch_invariant": False,
             "out": out(2, 1, 3, 512, dtype=BF16),
             "lse": out(2, 3, 1),
+            "workspace": None,
         }
         return case | more
 
+    workspace = out(WORKSPACE_BYTES, dtype=torch.uint8)
     sparse_outs = (out(3, 4, 64, dtype=BF16), out(3, 4), out(3, 4))
     table_of_rows = int32([[3, 1], [0, 1], [2, 2]], device)
     calls = {
         "fp8_mqa_logits": [(*flat, True, 0, out(3, 9)), (*flat, False, 5, out(3, 5, dtype=BF16))],
         "fp8_mqa_topk": [
-            (*flat, 4, out(3, 4, dtype=INT32), None),
-            (*flat, 4, out(3, 4, dtype=INT32), out(3, 4)),
+            (*flat, 4, out(3, 4, dtype=INT32), None, None),
+            (*flat, 4, out(3, 4, dtype=INT32), out(3, 4), workspace),
         ],
         "fp8_paged_mqa_logits": [
             (pq, cache, pweights, lens, table, None, width, True, out(2, 10)),
             (pq, cache, pweights, lens[:, None], table, schedule, width, False, out(2, 10)),
         ],
         "fp8_paged_mqa_topk": [
-            (pq, cache, pweights, lens, table, None, width, 4, False, out(2, 4, dtype=INT32), None),
+            (
+                *(pq, cache, pweights, lens, table, None, width, 4, False),
+                *(out(2, 4, dtype=INT32), None, None),
+            ),
             (
                 *(pq, cache, pweights, lens, table, schedule, width, 4, True),
-                *(out(2, 4, dtype=INT32), out(2, 4)),
+                *(out(2, 4, dtype=INT32), out(2, 4), workspace),
             ),
         ],
         "get_paged_mqa_logits_metadata": [
@@ -154,6 +160,7 @@ def op_arguments(op: str, device: str) -> list[dict | tuple]:
                 topk_length=int32([3, 4], device),
                 extra_topk_length=int32([[3], [1]], device),
                 batch_invariant=True,
+                workspace=workspace,
             ),
         ],
         "merge_attn_states": [
@@ -242,12 +249,12 @@ def test_schema_says_which_arguments_are_written(op):
 
 
 WRITTEN = {
-    "fp8_mqa_topk": {"indices", "scores"},
-    "fp8_paged_mqa_topk": {"indices", "scores"},
+    "fp8_mqa_topk": {"indices", "scores", "workspace"},
+    "fp8_paged_mqa_topk": {"indices", "scores", "workspace"},
     "topk_select": {"indices", "out_scores"},
     "merge_topk": {"out_indices", "out_scores"},
     "flash_mla_sparse_fwd": {"out", "max_logits", "lse"},
-    "flash_mla_with_kvcache": {"out", "lse"},
+    "flash_mla_with_kvcache": {"out", "lse", "workspace"},
     "merge_attn_states": {"out", "lse"},
     "per_token_cast_to_fp8": {"out", "scale"},
     "indexer_k_quant_and_cache": {"kv_cache"},

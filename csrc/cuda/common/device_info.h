@@ -2,8 +2,11 @@
 // What CUDA devices this process can see. Asks the driver only; creates no context.
 #pragma once
 
+#include <cstddef>
 #include <string>
 #include <vector>
+
+#include "dsa/params.h"
 
 namespace dsa::cuda {
 
@@ -15,5 +18,15 @@ struct DeviceInfo {
 
 const char* toolkit_version();           // of the build
 std::vector<DeviceInfo> device_infos();  // empty without a driver or a device
+
+inline constexpr int kMaxDevices = 64;
+
+// What a launch is sized by; asked of the driver once a device.
+struct DeviceLimits {
+  int arch = 0;  // 10 * major + minor; 0: the device could not be asked
+  int num_sms = 0;
+  std::size_t shared_bytes_per_cta = 0;  // the opt-in maximum
+};
+const DeviceLimits& device_limits(Device device);
 
 }  // namespace dsa::cuda

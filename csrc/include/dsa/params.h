@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "dsa/host_device.h"
+
 namespace dsa {
 
 enum class DType : std::uint8_t {
@@ -40,28 +42,36 @@ struct TensorView {
   std::int64_t sizes[kMaxDims] = {};
   std::int64_t strides[kMaxDims] = {};
 
-  bool defined() const { return dtype != DType::kUndefined; }
-  std::int64_t size(int dim) const { return sizes[dim < 0 ? dim + ndim : dim]; }
-  std::int64_t stride(int dim) const { return strides[dim < 0 ? dim + ndim : dim]; }
-  std::int64_t numel() const {
+  DSA_HOST_DEVICE bool defined() const { return dtype != DType::kUndefined; }
+  DSA_HOST_DEVICE std::int64_t size(int dim) const { return sizes[dim < 0 ? dim + ndim : dim]; }
+  DSA_HOST_DEVICE std::int64_t stride(int dim) const { return strides[dim < 0 ? dim + ndim : dim]; }
+  DSA_HOST_DEVICE std::int64_t numel() const {
     std::int64_t n = 1;
     for (int i = 0; i < ndim; ++i) n *= sizes[i];
     return n;
   }
   template <typename T>
-  T* ptr() const {
+  DSA_HOST_DEVICE T* ptr() const {
     return static_cast<T*>(data);
   }
 };
+
+// Device memory that lives until the call's kernels have run; nullptr: there is none.
+using AllocateFn = void* (*)(std::int64_t bytes, void* context);
 
 // Device of the call and, on CUDA, the stream (a cudaStream_t) that every kernel is launched on.
 struct Launch {
   Device device;
   void* stream = nullptr;
+  AllocateFn allocate = nullptr;  // for a workspace that the caller did not give; optional
+  void* allocate_context = nullptr;
 };
 
+// No kernel needs a larger workspace than this, whatever the shape.
+inline constexpr std::int64_t kMaxWorkspaceBytes = std::int64_t{64} << 20;
+
 // ---- indexer
-// -------------------------------------------------------------------------------------
+// ----------------------------------------------------------------------------------------
 
 struct MqaLogitsParams {
   static constexpr const char* kOp = "fp8_mqa_logits";
@@ -110,8 +120,9 @@ struct MqaTopkParams {
   TensorView k_start;  // i32 [S]
   TensorView k_end;    // i32 [S]
   std::int64_t topk = 0;
-  TensorView indices;  // i32 [S, topk]
-  TensorView scores;   // f32 [S, topk], optional
+  TensorView indices;    // i32 [S, topk]
+  TensorView scores;     // f32 [S, topk], optional
+  TensorView workspace;  // u8 [bytes], optional; see kMaxWorkspaceBytes
   Launch launch;
 };
 
@@ -126,13 +137,14 @@ struct PagedMqaTopkParams {
   std::int64_t max_context_len = 0;
   std::int64_t topk = 0;
   bool return_slots = false;
-  TensorView indices;  // i32 [B * next_n, topk]
-  TensorView scores;   // f32 [B * next_n, topk], optional
+  TensorView indices;    // i32 [B * next_n, topk]
+  TensorView scores;     // f32 [B * next_n, topk], optional
+  TensorView workspace;  // u8 [bytes], optional; see kMaxWorkspaceBytes
   Launch launch;
 };
 
 // ---- selection
-// -----------------------------------------------------------------------------------
+// --------------------------------------------------------------------------------------
 
 struct TopkSelectParams {
   static constexpr const char* kOp = "topk_select";
@@ -171,7 +183,7 @@ struct MergeTopkParams {
 };
 
 // ---- attention
-// -----------------------------------------------------------------------------------
+// --------------------------------------------------------------------------------------
 
 struct SparseFwdParams {
   static constexpr const char* kOp = "flash_mla_sparse_fwd";
@@ -206,8 +218,9 @@ struct KvCacheFwdParams {
   TensorView topk_length;        // i32 [b] or [b, s_q], optional
   TensorView extra_topk_length;  // i32 [b] or [b, s_q], optional
   bool batch_invariant = false;
-  TensorView out;  // like q [b, s_q, h_q, head_dim_v]
-  TensorView lse;  // f32 [b, h_q, s_q]
+  TensorView out;        // like q [b, s_q, h_q, head_dim_v]
+  TensorView lse;        // f32 [b, h_q, s_q]
+  TensorView workspace;  // u8 [bytes], optional; see kMaxWorkspaceBytes
   Launch launch;
 };
 
@@ -221,7 +234,7 @@ struct MergeAttnStatesParams {
 };
 
 // ---- cache and quantisation
-// ----------------------------------------------------------------------
+// -------------------------------------------------------------------------
 
 struct HadamardParams {
   static constexpr const char* kOp = "hadamard_transform";

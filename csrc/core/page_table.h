@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Token -> slot through a block table whose entries are not to be trusted, and row -> request.
+// Token -> slot through a block table whose entries are not to be trusted, and row -> request. Host
+// and device.
 #pragma once
 
 #include <cstdint>
@@ -7,13 +8,13 @@
 
 #include "dsa/params.h"
 
-namespace dsa::cpu {
+namespace dsa {
 
 inline constexpr std::int64_t kInvalidSlot = -1;
 inline constexpr std::int64_t kUnknownPages = std::numeric_limits<std::int64_t>::max();
 
 // A slot or index as the int32 that outputs hold, or -1 where it does not fit.
-inline std::int32_t narrow_or_invalid(std::int64_t index) {
+DSA_HOST_DEVICE inline std::int32_t narrow_or_invalid(std::int64_t index) {
   const auto narrow = static_cast<std::int32_t>(index);
   return narrow == index ? narrow : static_cast<std::int32_t>(kInvalidSlot);
 }
@@ -26,14 +27,14 @@ struct PageTableRow {
   std::int64_t num_pages = kUnknownPages;
 
   // The cache page that holds logical page `index` of the request, or -1 when none does.
-  std::int64_t page(std::int64_t index) const {
+  DSA_HOST_DEVICE std::int64_t page(std::int64_t index) const {
     if (index < 0 || index >= width) return -1;
     const std::int64_t entry = entries[index];
     return entry >= 0 && entry < num_pages ? entry : -1;
   }
 
   // page * page_size + offset of the token, or -1 when it is not mapped.
-  std::int64_t slot(std::int64_t token) const {
+  DSA_HOST_DEVICE std::int64_t slot(std::int64_t token) const {
     if (token < 0) return kInvalidSlot;
     const std::int64_t cache_page = page(token / page_size);
     return cache_page < 0 ? kInvalidSlot : cache_page * page_size + token % page_size;
@@ -47,7 +48,7 @@ struct PageTable {
   std::int64_t num_pages = kUnknownPages;
 
   // The row of a request; of a request outside [0, B), a row that maps nothing.
-  PageTableRow row(std::int64_t request) const {
+  DSA_HOST_DEVICE PageTableRow row(std::int64_t request) const {
     if (request < 0 || request >= block_table.size(0) || block_table.size(1) == 0) return {};
     const std::int32_t* entries =
         block_table.ptr<const std::int32_t>() + request * block_table.stride(0);
@@ -61,7 +62,7 @@ struct RequestOfRow {
   std::int64_t num_rows = 0;
   std::int64_t num_requests = 0;
 
-  std::int64_t operator()(std::int64_t row) const {
+  DSA_HOST_DEVICE std::int64_t operator()(std::int64_t row) const {
     if (row_to_request.defined()) {
       return row_to_request.ptr<const std::int32_t>()[row * row_to_request.stride(0)];
     }
@@ -70,4 +71,4 @@ struct RequestOfRow {
   }
 };
 
-}  // namespace dsa::cpu
+}  // namespace dsa

@@ -1,0 +1,721 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sparse and dense MLA attention on mma.sync (SM80 and newer): prefill, decode, every cache format.
+//
+// Tile      one query token, kHeads heads (16, 32 or 64), kTokens keys at a time (32 or 64). A row
+//           of the key tile is K in full and V in its first d_v dimensions.
+// Warps     QK: a grid of kWarpsM x kWarpsN over [kHeads, kTokens]. PV: every warp has all heads
+// and
+//           64 (8 warps) or 128 (4 warps) of the 512 columns of the output.
+// Registers 64 heads: 128 fp32 of output and 16 of scores a thread, 8 warps, 1 CTA an SM;
+//           32 and 16 heads: 64 of output, 2 CTAs an SM, whose phases overlap.
+// Shared    SharedStorage (attention_config.h): q, key tile (two for 16-bit caches), raw FP8 rows,
+//           probabilities. 64 heads, V3.2: 72 + 72 + 41 + 32 KiB.
+// A tile    (a) wait for its copies, barrier; start the next tile's copies. FP8: widen, barrier.
+//           (b) QK; row maxima to shared memory, barrier; every warp forms the same new maxima.
+//           (c) p = 2^(s - base) to shared memory in 16 bits (V3.2: one copy for each of the four
+//           groups, times its scale), barrier; (d) PV. The barrier of the next (a) frees p, the
+//           tile and the maxima. The sums of p stay a thread's own until the end.
+// Softmax   base follows the maximum only when that is 2^8 ahead, so that the output is rarely
+//           rescaled. lse comes from the sum of the fp32 p; the output is divided by the sum of the
+//           rounded p that it was made from, so that one dominant key comes out exact.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "cuda/portable/attention_rows.cuh"
+#include "cuda/ptx/mma.cuh"
+
+namespace dsa::cuda {
+
+inline constexpr float kAttentionInf = __builtin_huge_valf();
+inline constexpr float kLn2 = 0.693147180559945309f;
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+template <typename Element>
+__device__ __forceinline__ std::uint32_t pack(float low, float high) {
+  if constexpr (std::is_same_v<Element, __half>) {
+    const __half2 v = __floats2half2_rn(low, high);
+    return reinterpret_cast<const std::uint32_t&>(v);
+  } else {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const std::uint32_t&>(v);
+  }
+}
+
+template <typename Element>
+__device__ __forceinline__ float sum_of_pair(std::uint32_t packed) {
+  if constexpr (std::is_same_v<Element, __half>) {
+    const float2 v = __half22float2(reinterpret_cast<const __half2&>(packed));
+    return v.x + v.y;
+  } else {
+    return __uint_as_float(packed << 16) + __uint_as_float(packed & 0xFFFF'0000u);
+  }
+}
+
+// [kHeads, kTokens] probabilities, swizzled like the tile; 16-byte chunk `chunk` of row `row`.
+template <int kTokens>
+__device__ __forceinline__ std::uint32_t p_offset(int row, int chunk) {
+  if constexpr (kTokens == 64) {
+    return static_cast<std::uint32_t>(row * 128 + ((chunk ^ row) & 7) * kChunk);
+  } else {
+    static_assert(kTokens == 32);
+    return static_cast<std::uint32_t>(row * 64 + ((chunk ^ (row >> 1)) & 3) * kChunk);
+  }
+}
+
+// The factor of an output that is 0 whatever was accumulated.
+inline constexpr float kZeroOutput = -1.0f;
+
+// The state of one CTA's softmax and output, from tile to tile.
+template <typename Config>
+class AttentionTile {
+ public:
+  using QueryElement = typename Config::QueryElement;
+  using ValueElement = typename Config::ValueElement;
+  using SharedStorage = typename Config::SharedStorage;
+  using Statistics = typename Config::Statistics;
+  static constexpr int kMTiles = Config::kMTiles;
+  static constexpr int kNTiles = Config::kNTiles;
+  using Scores = float[kMTiles][kNTiles][4];
+
+  __device__ AttentionTile(SharedStorage& shared, const AttentionArgs& args)
+      : shared_(shared),
+        scale_log2_(args.scale_log2),
+        d_v_(args.d_v),
+        blocks_((args.d_qk + kDimBlock - 1) / kDimBlock),
+        warp_(threadIdx.x / 32),
+        lane_(threadIdx.x % 32),
+        warp_head_(warp_ / Config::kWarpsN * kMTiles * 16),
+        warp_key_(warp_ % Config::kWarpsN * kNTiles * 8),
+        column_(warp_ * Config::kColumns) {
+#pragma unroll
+    for (int i = 0; i < 2 * kMTiles; ++i) {
+      max_[i] = base_[i] = -kAttentionInf;
+      sum_[i] = weight_[i] = 0.0f;
+    }
+#pragma unroll
+    for (int r = 0; r < Config::kRowTiles; ++r) {
+#pragma unroll
+      for (int c = 0; c < Config::kColumnTiles; ++c) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) out_[r][c][e] = 0.0f;
+      }
+    }
+  }
+
+  // scores = q . k of the tile, in fp32, V3.2's scales applied.
+  __device__ void multiply_qk(const std::uint8_t* tile) {
+    constexpr int kChains = Config::kChains;
+    constexpr int kMaxBlocks = kMaxDimQk / kDimBlock;
+    const QkFragments fragments(shared_, tile, warp_head_, warp_key_, lane_);
+    clear(scores_);
+    if constexpr (Config::kIsV32) {
+      constexpr int kBlocksPerScale = static_cast<int>(MlaV32Layout::kGroup) / kDimBlock;
+#pragma unroll 1
+      for (int group = 0; group < Config::kScales; group += kChains) {
+        Scores acc[kChains];
+#pragma unroll
+        for (int c = 0; c < kChains; ++c) clear(acc[c]);
+#pragma unroll
+        for (int block = 0; block < kBlocksPerScale; ++block) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int c = 0; c < kChains; ++c) {
+              fragments.template multiply<ValueElement>((group + c) * kBlocksPerScale + block, half,
+                                                        acc[c]);
+            }
+          }
+        }
+#pragma unroll
+        for (int c = 0; c < kChains; ++c) add_scaled(acc[c], group + c);
+      }
+      constexpr int kRopeBlock = static_cast<int>(MlaV32Layout::kDimNope) / kDimBlock;
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float factor = shared_.q_factor[head_of(m, half)];
+#pragma unroll
+          for (int n = 0; n < kNTiles; ++n) {
+            scores_[m][n][2 * half] *= factor;
+            scores_[m][n][2 * half + 1] *= factor;
+          }
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        fragments.template multiply<QueryElement>(kRopeBlock, half, scores_);
+      }
+    } else {
+      Scores acc[kChains > 1 ? kChains - 1 : 1];
+#pragma unroll
+      for (int c = 0; c < kChains - 1; ++c) clear(acc[c]);
+#pragma unroll
+      for (int block = 0; block < kMaxBlocks; block += kChains) {
+        if (block >= blocks_) break;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int c = 0; c < kChains; ++c) {
+            if (block + c >= kMaxBlocks) break;
+            if (c > 0 && block + c >= blocks_) break;
+            fragments.template multiply<QueryElement>(block + c, half,
+                                                      c == 0 ? scores_ : acc[c > 0 ? c - 1 : 0]);
+          }
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < kChains - 1; ++c) {
+#pragma unroll
+        for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+          for (int n = 0; n < kNTiles; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) scores_[m][n][e] += acc[c][m][n][e];
+          }
+        }
+      }
+    }
+  }
+
+  // The tile's maxima of this warp's heads, over this warp's keys; masks invalid keys.
+  __device__ void publish_maxima(int tile) {
+    const int* valid = shared_.valid[tile & 1];
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+      float largest[2] = {-kAttentionInf, -kAttentionInf};
+#pragma unroll
+      for (int n = 0; n < kNTiles; ++n) {
+        const int2 ok = *reinterpret_cast<const int2*>(valid + key_of(n));
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float& s0 = scores_[m][n][2 * half];
+          float& s1 = scores_[m][n][2 * half + 1];
+          s0 = ok.x ? s0 * scale_log2_ : -kAttentionInf;
+          s1 = ok.y ? s1 * scale_log2_ : -kAttentionInf;
+          largest[half] = fmaxf(largest[half], fmaxf(s0, s1));
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float x = largest[half];
+        x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+        x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+        if (lane_ % 4 == 0) shared_.row_max[warp_ % Config::kWarpsN][head_of(m, half)] = x;
+      }
+    }
+  }
+
+  // Probabilities to shared memory, and what older output has to be multiplied by.
+  __device__ void publish_probabilities() {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+      float base[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int i = 2 * m + half;
+        const int head = head_of(m, half);
+        float largest = shared_.row_max[0][head];
+#pragma unroll
+        for (int w = 1; w < Config::kWarpsN; ++w) {
+          largest = fmaxf(largest, shared_.row_max[w][head]);
+        }
+        if constexpr (kKeepsMax) max_[i] = fmaxf(max_[i], largest);
+        float alpha = 1.0f;
+        if (largest > base_[i] + kLazyRescale) {
+          alpha = exp2_approx(base_[i] - largest);
+          base_[i] = largest;
+          sum_[i] *= alpha;
+          weight_[i] *= alpha;
+        }
+        if (warp_ % Config::kWarpsN == 0 && lane_ % 4 == 0) shared_.alpha[head] = alpha;
+        // While all scores are -inf, any finite base gives p = 0.
+        base[half] = base_[i] == -kAttentionInf ? 0.0f : base_[i];
+      }
+#pragma unroll
+      for (int n = 0; n < kNTiles; ++n) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float p0 = exp2_approx(scores_[m][n][2 * half] - base[half]);
+          const float p1 = exp2_approx(scores_[m][n][2 * half + 1] - base[half]);
+          sum_[2 * m + half] += p0 + p1;
+          if constexpr (!Config::kIsV32) {
+            const std::uint32_t packed = pack<ValueElement>(p0, p1);
+            weight_[2 * m + half] += sum_of_pair<ValueElement>(packed);
+            store_p(0, head_of(m, half), key_of(n), packed);
+          } else {
+            scores_[m][n][2 * half] = p0;
+            scores_[m][n][2 * half + 1] = p1;
+          }
+        }
+      }
+    }
+    if constexpr (Config::kIsV32) store_scaled_probabilities();
+  }
+
+  // out = out * alpha + p . v
+  __device__ void multiply_pv(const std::uint8_t* tile) {
+    if (column_ >= d_v_) return;
+    const int group = Config::kIsV32 ? column_ / static_cast<int>(MlaV32Layout::kGroup) : 0;
+    rescale(group);
+    const std::uint32_t p_base = ptx::shared_address(shared_.p[group]);
+    const std::uint32_t v_base = ptx::shared_address(tile) + (lane_ % 16) * kRowBytes +
+                                 column_ / kDimBlock * (2 * kDimBlock);
+    const std::uint32_t v_chunk = static_cast<std::uint32_t>((lane_ / 16) ^ (lane_ & 7)) * kChunk;
+#pragma unroll
+    for (int k = 0; k < Config::kTokens; k += 16) {
+      std::uint32_t a[Config::kRowTiles][4];
+#pragma unroll
+      for (int r = 0; r < Config::kRowTiles; ++r) {
+        ptx::ldmatrix_x4(
+            a[r], p_base + p_offset<Config::kTokens>(16 * r + lane_ % 16, k / 8 + lane_ / 16));
+      }
+#pragma unroll
+      for (int c = 0; c < Config::kColumnTiles; c += 2) {
+        // Dimensions come in blocks of 64: whole or not at all.
+        if (c % 8 == 0 && c > 0 && column_ + 8 * c >= d_v_) break;
+        std::uint32_t b[4];
+        ptx::ldmatrix_x4_trans(
+            b, v_base + k * kRowBytes + c / 8 * (2 * kDimBlock) + (v_chunk ^ (c % 8 * kChunk)));
+#pragma unroll
+        for (int r = 0; r < Config::kRowTiles; ++r) {
+          ptx::mma_16816<ValueElement>(out_[r][c], a[r], b[0], b[1]);
+          ptx::mma_16816<ValueElement>(out_[r][c + 1], a[r], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // The heads' statistics, in the place of p. Begins and ends with a barrier.
+  __device__ const Statistics& publish_statistics() {
+    __syncthreads();
+    auto& statistics = reinterpret_cast<Statistics&>(shared_.p);
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int i = 2 * m + half;
+        float sum = sum_[i], weight = Config::kIsV32 ? sum_[i] : weight_[i];
+#pragma unroll
+        for (int step = 1; step <= 2; ++step) {
+          sum += __shfl_xor_sync(~0u, sum, step);
+          weight += __shfl_xor_sync(~0u, weight, step);
+        }
+        if (lane_ % 4 != 0) continue;
+        const int head = head_of(m, half);
+        statistics.sum[warp_ % Config::kWarpsN][head] = sum;
+        statistics.weight[warp_ % Config::kWarpsN][head] = weight;
+        if (warp_ % Config::kWarpsN == 0) {
+          statistics.base[head] = base_[i];
+          statistics.max[head] = kKeepsMax ? max_[i] : base_[i];
+        }
+      }
+    }
+    __syncthreads();
+    return statistics;
+  }
+
+  // store(head, column, x0, x1) for every pair of neighbouring columns of the output times
+  // factor(head).
+  template <typename Factor, typename Store>
+  __device__ void store_out(const Factor& factor, const Store& store) const {
+    float unit = 1.0f;
+    if constexpr (Config::kIsV32) {
+      unit = Config::kWidenedUnit / Config::kProbabilityUnit * power_of_two(scale_exponent_);
+    }
+#pragma unroll
+    for (int r = 0; r < Config::kRowTiles; ++r) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int head = 16 * r + 8 * half + lane_ / 4;
+        const float f = factor(head);
+#pragma unroll
+        for (int c = 0; c < Config::kColumnTiles; ++c) {
+          const int column = column_ + 8 * c + lane_ % 4 * 2;
+          if (column >= d_v_) break;
+          store(head, column, out_[r][c][2 * half] * f * unit, out_[r][c][2 * half + 1] * f * unit);
+        }
+      }
+    }
+  }
+
+ private:
+  // Only prefill, from 16-bit rows, returns the maximum.
+  static constexpr bool kKeepsMax = !Config::kIsFp8;
+  // Scores move on by this much (in powers of two) before output and sums are rescaled to them.
+  static constexpr float kLazyRescale = 8.0f;
+
+  // Addresses of this lane's ldmatrix rows, for QK.
+  struct QkFragments {
+    static constexpr bool kWide = kNTiles == 2;  // 16 keys x 16 dims a load, else 8 keys x 32 dims
+    std::uint32_t a_base, a_chunk, b_base, b_chunk;
+
+    __device__ QkFragments(const SharedStorage& shared, const std::uint8_t* tile, int head, int key,
+                           int lane)
+        : a_base(ptx::shared_address(shared.q) + (head + lane % 16) * kRowBytes),
+          a_chunk(static_cast<std::uint32_t>((lane / 16) ^ (lane & 7)) * kChunk),
+          b_base(ptx::shared_address(tile) +
+                 (key + (lane & 7) + (kWide ? lane / 16 * 8 : 0)) * kRowBytes),
+          b_chunk(static_cast<std::uint32_t>((kWide ? lane / 8 % 2 : lane / 8) ^ (lane & 7)) *
+                  kChunk) {}
+
+    // acc += q . k over 32 dims: half 0 or 1 of a block of 64.
+    template <typename Element>
+    __device__ void multiply(int block, int half, Scores& acc) const {
+      const std::uint32_t at = block * (2 * kDimBlock);
+      std::uint32_t b[2][4];
+#pragma unroll
+      for (int s = 0; s < (kWide ? 2 : 1); ++s) {
+        ptx::ldmatrix_x4(b[s], b_base + at + (b_chunk ^ ((2 * half + s) * 2 * kChunk)));
+      }
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+#pragma unroll
+        for (int m = 0; m < kMTiles; ++m) {
+          std::uint32_t a[4];
+          ptx::ldmatrix_x4(
+              a, a_base + m * 16 * kRowBytes + at + (a_chunk ^ ((2 * half + s) * 2 * kChunk)));
+          if constexpr (kWide) {
+            ptx::mma_16816<Element>(acc[m][0], a, b[s][0], b[s][1]);
+            ptx::mma_16816<Element>(acc[m][kNTiles - 1], a, b[s][2], b[s][3]);
+          } else {
+            ptx::mma_16816<Element>(acc[m][0], a, b[0][2 * s], b[0][2 * s + 1]);
+          }
+        }
+      }
+    }
+  };
+
+  __device__ int head_of(int m, int half) const {
+    return warp_head_ + 16 * m + 8 * half + lane_ / 4;
+  }
+  __device__ int key_of(int n) const { return warp_key_ + 8 * n + lane_ % 4 * 2; }
+
+  __device__ static void clear(Scores& x) {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kNTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[m][n][e] = 0.0f;
+      }
+    }
+  }
+
+  // scores += acc times its keys' scales.
+  __device__ void add_scaled(const Scores& acc, int group) {
+#pragma unroll
+    for (int n = 0; n < kNTiles; ++n) {
+      const float scale[2] = {shared_.scale[key_of(n)][group], shared_.scale[key_of(n) + 1][group]};
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          scores_[m][n][e] = fmaf(acc[m][n][e], scale[e % 2], scores_[m][n][e]);
+        }
+      }
+    }
+  }
+
+  __device__ void store_p(int group, int head, int key, std::uint32_t packed) {
+    const std::uint32_t at = p_offset<Config::kTokens>(head, key / 8) + key % 8 * 2;
+    *reinterpret_cast<std::uint32_t*>(shared_.p[group] + at) = packed;
+  }
+
+  // 2^(exponent - 127) of an fp32 exponent field, which is kept in 1..253 so that its inverse is a
+  // normal number too.
+  __device__ static int bounded(int exponent) { return max(1, min(exponent, 253)); }
+  __device__ static float power_of_two(int exponent) { return __int_as_float(exponent << 23); }
+
+  // For each group the probabilities times the keys' scales, relative to the largest scale so far:
+  // f16 then holds them.
+  __device__ void store_scaled_probabilities() {
+    float unit[Config::kScales];
+#pragma unroll
+    for (int g = 0; g < Config::kScales; ++g) {
+      unit[g] = Config::kProbabilityUnit * power_of_two(254 - bounded(shared_.scale_exponent[g]));
+    }
+#pragma unroll
+    for (int n = 0; n < kNTiles; ++n) {
+#pragma unroll
+      for (int g = 0; g < Config::kScales; ++g) {
+        const float scale0 = shared_.scale[key_of(n)][g] * unit[g];
+        const float scale1 = shared_.scale[key_of(n) + 1][g] * unit[g];
+#pragma unroll
+        for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            store_p(g, head_of(m, half), key_of(n),
+                    pack<ValueElement>(scores_[m][n][2 * half] * scale0,
+                                       scores_[m][n][2 * half + 1] * scale1));
+          }
+        }
+      }
+    }
+  }
+
+  // Brings the output up to the softmax's base and, for V3.2, to the largest scale.
+  __device__ void rescale(int group) {
+    float unit = 1.0f;
+    if constexpr (Config::kIsV32) {
+      const int exponent = bounded(shared_.scale_exponent[group]);
+      unit = power_of_two(max(127 + scale_exponent_ - exponent, 0));
+      scale_exponent_ = exponent;
+    }
+    float alpha[Config::kRowTiles][2];
+    bool any = unit != 1.0f;
+#pragma unroll
+    for (int r = 0; r < Config::kRowTiles; ++r) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        alpha[r][half] = shared_.alpha[16 * r + 8 * half + lane_ / 4];
+        any = any || alpha[r][half] != 1.0f;
+      }
+    }
+    if (!__any_sync(~0u, any)) return;
+#pragma unroll
+    for (int r = 0; r < Config::kRowTiles; ++r) {
+#pragma unroll
+      for (int c = 0; c < Config::kColumnTiles; ++c) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) out_[r][c][e] *= alpha[r][e / 2] * unit;
+      }
+    }
+  }
+
+  SharedStorage& shared_;
+  float scale_log2_;
+  int d_v_;
+  int blocks_;  // of 64 dims in d_qk
+  int warp_, lane_;
+  int warp_head_, warp_key_;  // of QK
+  int column_;                // of PV
+  int scale_exponent_ = 1;    // that the output is relative to
+  Scores scores_;
+  float max_[2 * kMTiles], base_[2 * kMTiles];
+  float sum_[2 * kMTiles], weight_[2 * kMTiles];
+  float out_[Config::kRowTiles][Config::kColumnTiles][4];
+};
+
+// q of the CTA's heads; rows past the last head and dims past d_qk are zero.
+template <typename Config>
+__device__ void load_queries(typename Config::SharedStorage& shared, const AttentionArgs& args,
+                             std::int64_t b, std::int64_t j, int first_head) {
+  const std::uint16_t* q = args.q + b * args.q_stride_b + j * args.q_stride_j;
+  const int chunks = args.d_qk * 2 / kChunk;
+  constexpr int kRowChunks = kRowBytes / kChunk;
+  const std::uint32_t dst = ptx::shared_address(shared.q);
+  for (int i = threadIdx.x; i < Config::kHeads * kRowChunks; i += Config::kThreads) {
+    const int head = i / kRowChunks;
+    const int chunk = i % kRowChunks;
+    const bool valid = first_head + head < args.num_heads && chunk < chunks;
+    const auto* src = reinterpret_cast<const std::uint8_t*>(
+        q + (first_head + head) * args.q_stride_h + chunk * (kChunk / 2));
+    if (args.q_aligned) {
+      copy_chunk<true>(dst + swizzled(head, chunk), src, valid);
+    } else {
+      copy_chunk<false>(dst + swizzled(head, chunk), src, valid);
+    }
+  }
+}
+
+// q's part that meets e4m3, bf16 -> f16: each head times the power of two that brings its largest
+// value just under 2^15, exact for all that is within 2^29 of it. A warp a head; q has arrived.
+template <typename Config>
+__device__ void narrow_queries(typename Config::SharedStorage& shared) {
+  constexpr int kChunksPerLane = static_cast<int>(MlaV32Layout::kDimNope) * 2 / kChunk / 32;
+  const int lane = threadIdx.x % 32;
+  for (int head = threadIdx.x / 32; head < Config::kHeads; head += Config::kWarps) {
+    uint4 values[kChunksPerLane];
+    std::uint32_t largest = 0;  // bits of |q|
+#pragma unroll
+    for (int i = 0; i < kChunksPerLane; ++i) {
+      values[i] = *reinterpret_cast<const uint4*>(shared.q + swizzled(head, lane + 32 * i));
+      const std::uint32_t words[4] = {values[i].x, values[i].y, values[i].z, values[i].w};
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        largest = max(largest, max(words[w] & 0x7FFFu, words[w] >> 16 & 0x7FFFu));
+      }
+    }
+    largest = __reduce_max_sync(~0u, largest);
+    // 2^15 / 2^(e - 126) brings [2^(e-127), 2^(e-126)) under 2^15; inf and NaN stay what they are.
+    const int exponent = max(static_cast<int>(largest >> 7), 60);
+    const float down = __int_as_float(min(127 + 15 + 126 - exponent, 254) << 23);
+    if (lane == 0) shared.q_factor[head] = Config::kWidenedUnit / down;
+#pragma unroll
+    for (int i = 0; i < kChunksPerLane; ++i) {
+      std::uint32_t words[4] = {values[i].x, values[i].y, values[i].z, values[i].w};
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        words[w] = pack<__half>(__uint_as_float(words[w] << 16) * down,
+                                __uint_as_float(words[w] & 0xFFFF'0000u) * down);
+      }
+      *reinterpret_cast<uint4*>(shared.q + swizzled(head, lane + 32 * i)) = {words[0], words[1],
+                                                                             words[2], words[3]};
+    }
+  }
+}
+
+// What a head's statistics mean for its output.
+struct HeadResult {
+  bool empty;    // nothing valid, or nothing above -inf
+  float weight;  // what the output is divided by
+  float lse2;    // base 2; -inf: empty
+  float max_logit;
+
+  // Sums are of 2^(s - base).
+  __device__ HeadResult(float sum, float weights, float base, float max2)
+      : empty(max2 == -kAttentionInf && sum == 0.0f),
+        weight(weights),
+        lse2(empty ? -kAttentionInf : base + log2f(sum)),
+        max_logit(isnan(sum) && max2 != kAttentionInf ? sum : max2 * kLn2) {}
+
+  template <typename Statistics>
+  __device__ static HeadResult of(const Statistics& statistics, int head) {
+    float sum = 0.0f, weight = 0.0f;
+#pragma unroll
+    for (int w = 0; w < static_cast<int>(sizeof(Statistics::sum) / sizeof(Statistics::base)); ++w) {
+      sum += statistics.sum[w][head];
+      weight += statistics.weight[w][head];
+    }
+    return {sum, weight, statistics.base[head], statistics.max[head]};
+  }
+
+  __device__ float lse() const { return empty ? kAttentionInf : lse2 * kLn2; }
+  // What the accumulated output is multiplied by.
+  __device__ float factor() const { return empty ? kZeroOutput : 1.0f / weight; }
+};
+
+// The share of the softmax that a sink leaves to the keys.
+__device__ __forceinline__ float share_beside(float sink, float lse) {
+  return 1.0f / (1.0f + expf(sink - lse));
+}
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
+    portable_attention_kernel(const __grid_constant__ AttentionArgs args) {
+  extern __shared__ __align__(128) std::uint8_t shared_bytes[];
+  auto& shared = *reinterpret_cast<typename Config::SharedStorage*>(shared_bytes);
+
+  const int head_tiles = (args.num_heads + Config::kHeads - 1) / Config::kHeads;
+  const std::int64_t launch_row = blockIdx.x / head_tiles;
+  const int first_head = static_cast<int>(blockIdx.x % head_tiles) * Config::kHeads;
+  const std::int64_t row = args.first_row + launch_row;
+  const std::int64_t b = row / args.tokens_per_request;
+  const std::int64_t j = row % args.tokens_per_request;
+  const int split = blockIdx.y;
+
+  const KeySequence keys(args, b, j);
+  const int tiles = (keys.size() + Config::kTokens - 1) / Config::kTokens;
+  const int tiles_per_split = (tiles + args.num_splits - 1) / args.num_splits;
+  const int begin = min(split * tiles_per_split, tiles);
+  const int end = min(begin + tiles_per_split, tiles);
+
+  AttentionTile<Config> state(shared, args);
+  TileLoader<Config> loader(keys, shared, args);
+  if (begin < end) {
+    constexpr int kStages = Config::kIsFp8 ? Config::kRawStages : Config::kTileStages;
+    load_queries<Config>(shared, args, b, j, first_head);
+    ptx::cp_async_commit();
+    loader.prefetch(begin);
+    loader.issue(begin, 0);
+    ptx::cp_async_commit();
+    if (begin + 1 < end) loader.prefetch(begin + 1);
+    if constexpr (Config::kIsV32) {
+      if (threadIdx.x < Config::kScales) shared.scale_exponent[threadIdx.x] = 0;
+      ptx::cp_async_wait<1>();  // q
+      __syncthreads();
+      narrow_queries<Config>(shared);
+    }
+
+    for (int tile = begin; tile < end; ++tile) {
+      const int stage = (tile - begin) % kStages;
+      const int next_stage = (tile + 1 - begin) % kStages;
+      const auto load_next = [&] {
+        if (tile + 1 < end) loader.issue(tile + 1, next_stage);
+        ptx::cp_async_commit();
+        if (tile + 2 < end) loader.prefetch(tile + 2);
+      };
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+      if constexpr (kStages > 1) load_next();
+      if constexpr (Config::kIsFp8) {
+        widen_tile<Config>(shared, stage);
+        __syncthreads();
+        if constexpr (kStages == 1) load_next();
+      }
+      const std::uint8_t* key_tile = shared.tile[Config::kIsFp8 ? 0 : stage];
+      state.multiply_qk(key_tile);
+      state.publish_maxima(tile);
+      __syncthreads();
+      state.publish_probabilities();
+      __syncthreads();
+      state.multiply_pv(key_tile);
+    }
+  }
+  const auto& statistics = state.publish_statistics();
+
+  if (args.num_splits > 1) {
+    const std::int64_t at = (launch_row * args.num_splits + split) * args.num_heads + first_head;
+    for (int head = threadIdx.x; head < Config::kHeads; head += Config::kThreads) {
+      if (first_head + head >= args.num_heads) continue;
+      args.partial_lse[at + head] = HeadResult::of(statistics, head).lse2;
+    }
+    state.store_out(
+        [&](int head) { return HeadResult::of(statistics, head).factor(); },
+        [&](int head, int column, float x0, float x1) {
+          if (first_head + head >= args.num_heads) return;
+          *reinterpret_cast<float2*>(args.partial_out + (at + head) * args.d_v + column) = {x0, x1};
+        });
+    return;
+  }
+
+  for (int head = threadIdx.x; head < Config::kHeads; head += Config::kThreads) {
+    const int h = first_head + head;
+    if (h >= args.num_heads) continue;
+    const HeadResult r = HeadResult::of(statistics, head);
+    args.lse[b * args.lse_stride_b + j * args.lse_stride_j + h * args.lse_stride_h] = r.lse();
+    if (args.max_logits != nullptr) {
+      args.max_logits[b * args.max_stride_b + j * args.max_stride_j + h * args.max_stride_h] =
+          r.max_logit;
+    }
+  }
+  // Through shared memory, in q's place, so that rows leave in 16 bytes.
+  static_assert(kMaxDimV * 2 <= kRowBytes);
+  state.store_out(
+      [&](int head) {
+        const HeadResult r = HeadResult::of(statistics, head);
+        const int h = first_head + head;
+        if (args.sink == nullptr || r.empty || h >= args.num_heads) return r.factor();
+        return r.factor() * share_beside(args.sink[h * args.sink_stride], r.lse());
+      },
+      [&](int head, int column, float x0, float x1) {
+        const std::uint32_t at = swizzled(head, column / 8) + column % 8 * 2;
+        *reinterpret_cast<std::uint32_t*>(shared.q + at) =
+            pack<typename Config::QueryElement>(x0, x1);
+      });
+  __syncthreads();
+  std::uint16_t* out = args.out + b * args.out_stride_b + j * args.out_stride_j;
+  const int out_chunks = args.d_v / 8;
+  for (int i = threadIdx.x; i < Config::kHeads * out_chunks; i += Config::kThreads) {
+    const int head = i / out_chunks;
+    const int chunk = i % out_chunks;
+    if (first_head + head >= args.num_heads) break;
+    const auto* src = reinterpret_cast<const std::uint16_t*>(shared.q + swizzled(head, chunk));
+    std::uint16_t* dst = out + (first_head + head) * args.out_stride_h + chunk * 8;
+    if (args.out_aligned) {
+      *reinterpret_cast<uint4*>(dst) = *reinterpret_cast<const uint4*>(src);
+    } else {
+      for (int e = 0; e < 8; ++e) dst[e] = src[e];
+    }
+  }
+}
+
+}  // namespace dsa::cuda

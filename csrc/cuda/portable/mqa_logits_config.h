@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0
+// The indexer's tile and what one launch works on, flat and paged; host and device.
+#pragma once
+
+#include <cstdint>
+
+#include "dsa/host_device.h"
+#include "dsa/kv_layout.h"
+
+namespace dsa::cuda {
+
+struct MqaTile {
+  static constexpr int kWarps = 8;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kKeys = 128;      // a tile of keys, in shared memory
+  static constexpr int kPairKeys = 16;   // keys of one step of a warp: two n-tiles of 8
+  static constexpr int kWarpHeads = 64;  // head rows of a warp, in registers: four m-tiles of 16
+  static constexpr int kMaxHeads = 2 * kWarpHeads;
+  static constexpr int kKeysPerThread = kKeys * 4 / kThreads;  // four threads load a key
+  static_assert(kKeysPerThread * kThreads == kKeys * 4);
+  // Each warp has work when all of them share one query.
+  static_assert(kKeys == kWarps * kPairKeys);
+};
+
+// Half-open range of keys, {0, 0} when empty. Keys are numbered below 2^31, so that a few tiles
+// more still fit.
+struct KeyWindow {
+  std::uint32_t begin = 0;
+  std::uint32_t end = 0;
+};
+
+// Where a key stands. `values` is nullptr for a key in no valid page.
+struct KeyAddress {
+  const std::uint8_t* values = nullptr;  // e4m3 [D]
+  const std::uint8_t* scale = nullptr;   // f32
+};
+
+// n / divisor for n < 2^31 and 1 <= divisor < 2^31, by a multiplication (Granlund and Montgomery).
+class FastDivider {
+ public:
+  FastDivider() = default;
+  explicit FastDivider(std::uint32_t divisor) {
+    while ((std::uint64_t{1} << shift_) < divisor) ++shift_;
+    const std::uint64_t excess = (std::uint64_t{1} << shift_) - divisor;
+    multiplier_ = static_cast<std::uint32_t>((excess << 32) / divisor + 1);
+  }
+  DSA_HOST_DEVICE std::uint32_t divide(std::uint32_t n) const {
+    const std::uint64_t product = std::uint64_t{n} * multiplier_;
+    return (static_cast<std::uint32_t>(product >> 32) + n) >> shift_;
+  }
+
+ private:
+  std::uint32_t multiplier_ = 1;
+  std::uint32_t shift_ = 0;
+};
+
+// One group of rows over contiguous keys.
+struct FlatKeys {
+  static constexpr bool kMayMiss = false;
+
+  const std::uint8_t* k;       // e4m3 [L, D]
+  const std::uint8_t* scale;   // f32 [L]
+  const std::int32_t* starts;  // [S]
+  const std::int32_t* ends;    // [S]
+  std::int64_t k_stride;       // bytes
+  std::int64_t scale_stride;   // bytes
+  std::int64_t start_stride;
+  std::int64_t end_stride;
+  std::int64_t num_keys;
+  std::int64_t max_window;  // a window is cut after this many keys
+
+  DSA_HOST_DEVICE KeyWindow window(std::int64_t, std::int64_t row) const {
+    const std::int64_t start = starts[row * start_stride];
+    const std::int64_t end = ends[row * end_stride];
+    const std::int64_t first = start > 0 ? start : 0;
+    std::int64_t last = end < num_keys ? end : num_keys;
+    if (last <= first) return {};
+    if (last - first > max_window) last = first + max_window;
+    return {static_cast<std::uint32_t>(first), static_cast<std::uint32_t>(last)};
+  }
+
+  DSA_HOST_DEVICE KeyAddress locate(std::int64_t, std::uint32_t key) const {
+    return {k + key * k_stride, scale + key * scale_stride};
+  }
+};
+
+// A group of rows a request, over the pages of its block table.
+struct PagedKeys {
+  static constexpr bool kMayMiss = true;
+
+  const std::uint8_t* cache;  // [pages][page_stride]
+  const std::int32_t* table;  // [B, P]
+  const std::int32_t* lens;   // [B] or [B, next_n]
+  std::int64_t page_stride;   // bytes
+  std::int64_t num_pages;
+  std::int64_t table_stride;
+  std::int64_t lens_strides[2];  // the second is 0 when lens is [B]
+  std::int64_t next_n;
+  std::int64_t num_keys;  // at most P * page_size
+  IndexerLayout layout;
+  FastDivider page_size;  // layout.page_size, or more than all keys
+  bool lens_of_rows;      // lens is [B, next_n]
+
+  DSA_HOST_DEVICE KeyWindow window(std::int64_t request, std::int64_t row) const {
+    const std::int64_t len = lens[request * lens_strides[0] + row * lens_strides[1]];
+    const std::int64_t seen = lens_of_rows ? len : len - next_n + 1 + row;
+    const std::int64_t last = seen < num_keys ? seen : num_keys;
+    if (last <= 0) return {};
+    return {0, static_cast<std::uint32_t>(last)};
+  }
+
+  DSA_HOST_DEVICE KeyAddress locate(std::int64_t request, std::uint32_t key) const {
+    const std::uint32_t index = page_size.divide(key);
+    const std::int64_t offset = key - index * layout.page_size;
+    const std::int64_t page = table[request * table_stride + index];
+    if (page < 0 || page >= num_pages) return {};
+    const std::uint8_t* base = cache + page * page_stride;
+    return {base + layout.values(offset), base + layout.scale(offset)};
+  }
+};
+
+// The arguments of the kernel. Rows of queries come in groups that share their keys.
+template <typename Keys>
+struct MqaTask {
+  Keys keys;
+  const std::uint8_t* q;      // e4m3 [groups, rows, H, D]
+  const float* weights;       // [groups * rows, H]
+  void* out;                  // f32 | bf16 [groups * rows, columns]
+  std::int64_t q_strides[3];  // group, row, head; bytes
+  std::int64_t weights_stride;
+  std::int64_t out_stride;
+  std::int64_t num_groups;
+  std::int64_t rows_per_group;
+  std::int64_t columns;
+  std::int32_t num_heads;
+  std::int32_t q_alignment;  // of all rows: a power of two up to 16
+  std::int32_t key_alignment;
+  bool out_is_bf16;
+  bool columns_are_relative;  // column c is key c of the row's window
+  bool clean;                 // -inf outside the windows
+  // Set for the launch.
+  std::int32_t warps_k_log2;  // warps that split the keys of a tile
+  std::uint32_t ctas_per_group;
+  std::uint32_t chunk_keys;  // keys, and columns to clean, of a CTA
+};
+
+}  // namespace dsa::cuda

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+// e4m3 <-> wider floats in pairs, SM89. PTX ISA, "Data Movement and Conversion Instructions: cvt".
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace dsa::cuda::ptx {
+
+#if __CUDA_ARCH__ >= 890
+// Nearest even, saturating at 448; a NaN becomes 0x7F whatever its sign. `low` is in the low byte.
+__device__ __forceinline__ std::uint32_t e4m3x2_from_float(float low, float high) {
+  std::uint16_t codes;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
+  return codes;
+}
+
+// Exact.
+__device__ __forceinline__ float2 e4m3x2_to_float(std::uint16_t codes) {
+  std::uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(codes));
+  __half2_raw raw;
+  raw.x = static_cast<unsigned short>(halves);
+  raw.y = static_cast<unsigned short>(halves >> 16);
+  return __half22float2(__half2(raw));
+}
+#endif
+
+}  // namespace dsa::cuda::ptx

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+// Shared-memory addresses and ldmatrix (SM75). PTX ISA, "Warp Level Matrix Multiply-Accumulate
+// Instructions: ldmatrix".
+#pragma once
+
+#include <cstdint>
+
+namespace dsa::cuda::ptx {
+
+__device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Four 8 x 8 matrices of 16-bit elements: lanes 8i..8i+7 give the addresses of matrix i's rows (16
+// bytes each, 16-byte aligned); r[i] of lane l holds elements 2*(l%4), 2*(l%4)+1 of row l/4.
+__device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&r)[4], std::uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+// The same with each matrix transposed: r[i] holds rows 2*(l%4), 2*(l%4)+1 of column l/4.
+__device__ __forceinline__ void ldmatrix_x4_trans(std::uint32_t (&r)[4], std::uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+}  // namespace dsa::cuda::ptx

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+// Scores as selection ranks them: fp32, bf16 or f16 bits -> an unsigned key of as few bits as tell
+// the scores of that type apart. No score has the key 0, which stands for "nothing here".
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/float_bits.h"
+#include "core/float_order.h"
+#include "core/half.h"
+
+namespace dsa::cuda::topk {
+
+struct F32Score {
+  using Bits = std::uint32_t;
+  static constexpr int kKeyBits = 32;
+  static __device__ float to_float(Bits bits) { return float_from_bits(bits); }
+};
+
+struct Bf16Score {
+  using Bits = std::uint16_t;
+  static constexpr int kKeyBits = 16;
+  static __device__ float to_float(Bits bits) { return bf16_to_float(bits); }
+};
+
+// Widened to fp32, f16 fills the sign, the exponent and the upper 10 bits of the mantissa.
+struct F16Score {
+  using Bits = std::uint16_t;
+  static constexpr int kKeyBits = 1 + 8 + 10;
+  static __device__ float to_float(Bits bits) { return f16_to_float(bits); }
+};
+
+// NaN, lowest of all, would be 0; it becomes 1, which is still below -inf in each type.
+template <typename Score>
+__device__ std::uint32_t score_key(typename Score::Bits bits) {
+  constexpr std::uint32_t kMinusInf = ordered_key(float_from_bits(kF32SignBit | kF32InfBits));
+  static_assert(kMinusInf >> (32 - Score::kKeyBits) > 1u);
+  return std::max(ordered_key(Score::to_float(bits)) >> (32 - Score::kKeyBits), 1u);
+}
+
+}  // namespace dsa::cuda::topk

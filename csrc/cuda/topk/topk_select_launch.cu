@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
+#include "cuda/common/launch.h"
+#include "cuda/cuda_kernels.h"
+#include "cuda/topk/topk_select_kernel.cuh"
+
+namespace dsa::cuda {
+namespace {
+
+template <typename Score>
+Status launch_rows(const TopkSelectParams& params) {
+  constexpr const char* kName = "portable_topk_select_kernel";
+  const dim3 grid(static_cast<unsigned>(std::min(params.scores.size(0), kMaxGridX)));
+  return params.scores.stride(1) == 1 ? launch<topk::portable_topk_select_kernel<Score, true>>(
+                                            kName, params.launch, grid, topk::kThreads, 0, params)
+                                      : launch<topk::portable_topk_select_kernel<Score, false>>(
+                                            kName, params.launch, grid, topk::kThreads, 0, params);
+}
+
+}  // namespace
+
+Status topk_select(const TopkSelectParams& params) {
+  switch (params.scores.dtype) {
+    case DType::kBFloat16: return launch_rows<topk::Bf16Score>(params);
+    case DType::kFloat16: return launch_rows<topk::F16Score>(params);
+    default: return launch_rows<topk::F32Score>(params);
+  }
+}
+
+}  // namespace dsa::cuda

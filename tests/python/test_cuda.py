@@ -1,0 +1,628 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is CUDA's alone: graphs, streams, devices, allocation; and the shapes that kernels tile by.
+
+The tests of every backend (test_attention.py, test_indexer.py, ...) run on CUDA too.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+
+import pytest
+import torch
+
+import dsa_ext
+from dsa_ext import _C, reference
+from helpers import (
+    FORMATS,
+    INT_MAX,
+    LOGITS_TOLERANCE,
+    Guarded,
+    assert_close,
+    assert_lse_close,
+    assert_same_bits,
+    int32,
+    latent_cache,
+    paged,
+    permuted_table,
+    poison,
+    put_indexer_keys,
+    random_e4m3,
+    storage_bytes,
+    threads,
+)
+from test_attention import cache_case, check_cache, check_sparse, dense_case, sparse_case
+from test_indexer import paged_case, prefill
+from tiny_cases import KINDS, assert_equal_values, make, run, working_cases, workspace
+
+if not torch.cuda.is_available() or all(k["device"] != "cuda" for k in _C.kernels()):
+    pytest.skip("needs a CUDA device and a build with CUDA kernels", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+BF16, FP16, FP32, INT32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
+INF = float("inf")
+HEADS = [1, 2, 3, 8, 15, 16, 17, 32, 33, 64, 65, 96, 127, 128]
+
+
+def assert_all_same_bits(got, expected):
+    for a, b in zip(got, expected, strict=True):
+        assert_same_bits(a.contiguous(), b.contiguous())
+
+
+# ---- graphs --------------------------------------------------------------------------------------
+
+
+def capture(call):
+    """A graph of a call, and the results it writes; run once before, so that kernels are loaded."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph, results
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["out-and-workspace", "allocated"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_graph_replay_with_new_metadata(kind, given):
+    """Capture once; replay with other lengths, tables and indices: what an eager call computes."""
+    for case in working_cases(kind, 3, 6):
+        if not given and "clean_logits" in case.kwargs:
+            case.kwargs["clean_logits"] = True  # Or some of the memory is nobody's.
+        arguments = case.arguments(DEVICE)
+        outs = case.outputs(DEVICE) if given else []
+        more = {"workspace": workspace(DEVICE)} if given and case.takes_workspace else {}
+        written = [storage_bytes(arguments[case.written])] if case.written else []
+        graph, results = capture(lambda: case.call(arguments, outs, **more))  # noqa: B023
+        for value in (None, None, -1, 0):
+            if value == 0 and written:
+                continue  # Equal slots: either token may stay.
+            for name, new in case.refill.items():
+                arguments[name].copy_(new() if value is None else torch.full_like(new(), value))
+            before = [t.clone() for t in written]
+            for out in outs:
+                poison(out)
+            graph.replay()
+            replayed = [t.clone() for t in results]
+            for t, old in zip(written, before, strict=True):
+                t.copy_(old)
+            again = [poison(t) for t in case.outputs(DEVICE)] if given else []
+            assert_all_same_bits(replayed, case.call(arguments, again, **more))
+
+
+# ---- memory, synchronisation, streams, devices ---------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "metadata"])
+def test_nothing_is_allocated_with_outputs_and_workspace(kind):
+    for case in working_cases(kind, 3, 6):
+        arguments, outs = case.arguments(DEVICE), case.outputs(DEVICE)
+        more = {"workspace": workspace(DEVICE)} if case.takes_workspace else {}
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        case.call(arguments, outs, **more)
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@pytest.fixture
+def no_synchronisation():
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_waits_for_the_device(kind, request):
+    calls = [(case, case.arguments(DEVICE)) for case in working_cases(kind, 3, 2)]
+    request.getfixturevalue("no_synchronisation")
+    for case, arguments in calls:
+        case.call(arguments, [])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_streams_at_once(kind):
+    """Different inputs on each, many calls in flight: neither sees the other's."""
+    cases = list(working_cases(kind, 2, 6))
+    inputs = [case.arguments(DEVICE) for case in cases]
+
+    def call(i):
+        """On fresh outputs; of functions that write a cache, a copy of it."""
+        case, arguments = cases[i], dict(inputs[i])
+        if case.written:
+            cache = arguments[case.written]
+            copy = storage_bytes(cache).clone().view(cache.dtype)
+            arguments[case.written] = copy.as_strided(cache.shape, cache.stride())
+        return case.call(arguments, case.outputs(DEVICE))
+
+    expected = [call(i) for i in range(2)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    results = [[], []]
+    for _ in range(10):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                results[i].append(call(i))
+    torch.cuda.synchronize()
+    for i in range(2):
+        for got in results[i]:
+            assert_all_same_bits(got, expected[i])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_work_is_queued_on_the_current_stream(kind):
+    """Inputs that arrive late on a side stream are what the call behind them reads."""
+    (case,) = working_cases(kind, 1, 4)
+    right = case.arguments(DEVICE)
+    before = storage_bytes(right[case.written]).clone() if case.written else None
+    expected = [t.clone() for t in case.call(right, case.outputs(DEVICE))]
+    if case.written:
+        storage_bytes(right[case.written]).copy_(before)
+    late, outs = case.arguments(DEVICE), case.outputs(DEVICE)
+    leaves = [torch.utils._pytree.tree_leaves(tree) for tree in (late, right)]
+    pairs = [(a, b) for a, b in zip(*leaves, strict=True) if isinstance(a, torch.Tensor)]
+    for tensor, _ in pairs:
+        storage_bytes(tensor).zero_()
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)
+        for tensor, value in pairs:
+            storage_bytes(tensor).copy_(storage_bytes(value))
+        got = case.call(late, outs)
+        done = side.record_event()
+    done.synchronize()
+    assert_all_same_bits(got, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_on_another_device_than_the_current_one(kind):
+    (case,) = working_cases(kind, 1, 4)
+    results = [
+        case.call(case.arguments(device), case.outputs(device)) for device in ("cuda:0", "cuda:1")
+    ]
+    assert torch.cuda.current_device() == 0
+    assert all(t.device.index == 1 for t in results[1])
+    assert_all_same_bits([t.cpu() for t in results[1]], [t.cpu() for t in results[0]])
+
+
+# ---- the same bits -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_twenty_runs_give_the_same_bits(kind):
+    for case in working_cases(kind, 2, 20):
+        arguments = case.arguments(DEVICE)
+        first = [t.clone() for t in case.call(arguments, case.outputs(DEVICE))]
+        for _ in range(19):
+            assert_all_same_bits(case.call(arguments, case.outputs(DEVICE)), first)
+
+
+def check_batch_invariance(case, batched):
+    """64 requests; some of them alone, or beside others."""
+    case = case | {"batch_invariant": True}
+    whole = dsa_ext.flash_mla_with_kvcache(**case)
+    for _ in range(3):
+        assert_all_same_bits(dsa_ext.flash_mla_with_kvcache(**case), whole)
+    for few in ([0], [63], [5, 6], range(10, 17), torch.randperm(64)):
+        rows = torch.as_tensor(few, device=DEVICE)
+        got = dsa_ext.flash_mla_with_kvcache(**case | {key: case[key][rows] for key in batched})
+        assert_all_same_bits(got, [t[rows] for t in whole])
+
+
+@pytest.mark.parametrize("h_q", [1, 8, 16, 64, 128])
+@pytest.mark.parametrize("name", FORMATS)
+def test_sparse_decode_is_batch_invariant(name, h_q):
+    case = cache_case(
+        name, DEVICE, batch=64, s_q=2, h_q=h_q, topk=1500, lengths="b,s_q", extra=9, sink=True
+    )
+    batched = ("q", "indices", "topk_length", "extra_indices_in_kvcache", "extra_topk_length")
+    check_batch_invariance(case, batched)
+
+
+@pytest.mark.parametrize("h_q", [1, 8, 16, 64, 128])
+@pytest.mark.parametrize("name", FORMATS)
+def test_dense_decode_is_batch_invariant(name, h_q):
+    lens = [3000, 0, 1, -5, *torch.randint(1, 1500, (60,)).tolist()]
+    case = dense_case(name, DEVICE, lens=lens, s_q=2, causal=True)
+    case["q"] = torch.randn(64, 2, h_q, FORMATS[name].d_qk, device=DEVICE).to(case["q"].dtype)
+    check_batch_invariance(case, ("q", "block_table", "cache_seqlens"))
+
+
+# ---- attention: shapes that kernels tile by ------------------------------------------------------
+
+
+def check_gentle(case):
+    """check_cache with small logits: an lse near 0 (of one token, say) is judged absolutely."""
+    case["q"].mul_(0.1)
+    check_cache(case)
+
+
+@pytest.mark.parametrize("h_q", HEADS)
+def test_sparse_fwd_head_counts(h_q):
+    check_sparse(
+        sparse_case(5, h_q, 576, 512, 200, 130, BF16, DEVICE, sink=True, lengths=True),
+    )
+    check_sparse(sparse_case(2, h_q, 512, 512, 200, 65, FP16, DEVICE, sink=True))
+
+
+@pytest.mark.parametrize("topk", [1, 7, 63, 64, 65, 200, 2048])
+@pytest.mark.parametrize("h_q", [1, 16, 128])
+def test_sparse_fwd_candidates(h_q, topk):
+    check_sparse(sparse_case(4, h_q, 576, 512, 3000, topk, BF16, DEVICE, lengths=True))
+
+
+@pytest.mark.parametrize("d_v", range(64, 513, 64))
+@pytest.mark.parametrize("d_rope", [0, 32, 64])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_dimensions_of_16_bit_latents(d_v, d_rope, dtype):
+    check_sparse(sparse_case(3, 20, d_v + d_rope, d_v, 90, 70, dtype, DEVICE, sink=True))
+    slots = int32(torch.randint(0, 90, (2, 2, 70)), DEVICE)
+    fmt = FORMATS["bf16" if dtype == BF16 else "fp16"]
+    case = {
+        "q": torch.randn(2, 2, 20, d_v + d_rope).to(DEVICE, dtype),
+        "k_cache": latent_cache(fmt, 9, 10, torch.arange(90), width=d_v + d_rope, device=DEVICE),
+        "block_table": None,
+        "cache_seqlens": None,
+        "head_dim_v": d_v,
+        "tile_scheduler_metadata": None,
+        "indices": slots,
+    }
+    check_gentle(case)
+
+
+@pytest.mark.parametrize("s_q", [1, 2, 3])
+@pytest.mark.parametrize("h_q", HEADS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_sparse_decode_head_counts(name, h_q, s_q):
+    check_gentle(
+        cache_case(name, DEVICE, h_q=h_q, s_q=s_q, topk=130, lengths="b,s_q", extra=5, sink=True)
+    )
+
+
+@pytest.mark.parametrize("topk", [1, 7, 63, 64, 65, 200, 2048])
+@pytest.mark.parametrize("h_q", [1, 64])
+@pytest.mark.parametrize("name", FORMATS)
+def test_sparse_decode_candidates(name, h_q, topk):
+    check_gentle(cache_case(name, DEVICE, batch=2, s_q=1, h_q=h_q, topk=topk))
+    check_gentle(cache_case(name, DEVICE, batch=1, s_q=1, h_q=h_q, topk=topk, extra=64))
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16, 64, 100, 256])
+@pytest.mark.parametrize("name", FORMATS)
+def test_decode_page_sizes(name, page_size):
+    check_gentle(cache_case(name, DEVICE, page_size=page_size, extra=page_size + 1, topk=200))
+    for s_q, causal in ((1, False), (3, True)):
+        lens = (1000, 1, 77, 0, -4)
+        case = dense_case(name, DEVICE, lens=lens, s_q=s_q, page_size=page_size, causal=causal)
+        check_gentle(case)
+
+
+@pytest.mark.parametrize("h_q", HEADS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_dense_decode_head_counts(name, h_q):
+    case = dense_case(name, DEVICE, lens=(700, 1, 129, 0), s_q=2, causal=True)
+    case["q"] = torch.randn(4, 2, h_q, FORMATS[name].d_qk, device=DEVICE).to(case["q"].dtype)
+    check_gentle(case)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_one_long_request(name):
+    """Many splits of one row, in a dense and in a sparse call."""
+    check_gentle(dense_case(name, DEVICE, lens=(20_000,)))
+    case = cache_case(name, DEVICE, batch=1, s_q=1, h_q=128, topk=8192)
+    check_gentle(case)
+
+
+# ---- indexer: shapes that kernels tile by --------------------------------------------------------
+
+WIDENED, NATIVE = "mqa_logits", "mqa_logits_e4m3"
+NATIVE_FROM = (8, 9)
+
+
+@pytest.fixture(params=[WIDENED, NATIVE])
+def logits_kernel(request, monkeypatch):
+    """Each of the two kernels, whichever dispatch would choose."""
+    if request.param == NATIVE and torch.cuda.get_device_capability() < NATIVE_FROM:
+        pytest.skip("needs SM89")
+    ids = f"portable_{request.param},portable_paged_{request.param}"
+    monkeypatch.setenv("DSA_FORCE_KERNEL", ids)
+
+
+def filled(shape, dtype) -> Guarded:
+    """-inf everywhere: what must stay untouched reads as if it were cleaned."""
+    guard = Guarded(shape, dtype, DEVICE)
+    guard.out.fill_(-INF)
+    return guard
+
+
+@pytest.mark.usefixtures("logits_kernel")
+@pytest.mark.parametrize("D", [32, 64, 128])
+@pytest.mark.parametrize("H", [1, 3, 8, 16, 17, 32, 48, 64, 65, 100, 128])
+def test_logits(H, D):
+    for S, L in ((37, 1031), (1, 300), (5, 129)):
+        case = prefill(S, H, D, L, DEVICE)
+        for width in (0, 100, 500, L + 70):
+            expected = reference.fp8_mqa_logits(*case.args(), True, width)
+            for clean, dtype in itertools.product((True, False), (FP32, BF16)):
+                out = filled(expected.shape, dtype)
+                dsa_ext.fp8_mqa_logits(*case.args(), clean, width, out=out.out)
+                assert_close(out.check(), expected, LOGITS_TOLERANCE)
+
+
+@pytest.mark.usefixtures("logits_kernel")
+@pytest.mark.parametrize("page_size", [1, 64, 100])
+@pytest.mark.parametrize("next_n", range(1, 9))
+def test_paged_logits(next_n, page_size):
+    for H, D in ((64, 128), (5, 64), (128, 32)):
+        for two_d in (False, True):
+            case = paged_case(4, next_n, H, D, page_size, DEVICE, two_d=two_d, invalid_pages=True)
+            expected = reference.fp8_paged_mqa_logits(*case.args())
+            for clean, dtype in itertools.product((True, False), (FP32, BF16)):
+                out = filled(expected.shape, dtype)
+                dsa_ext.fp8_paged_mqa_logits(*case.args(), clean, out=out.out)
+                assert_close(out.check(), expected, LOGITS_TOLERANCE)
+
+
+@pytest.mark.parametrize("H", [1, 17, 64, 100])
+def test_fused_selection_from_many_rows(H):
+    """More rows of logits than the workspace holds at once: the same bits as in two steps."""
+    S, L, k = 700, 60_000, 300
+    q, key = random_e4m3(S, H, 128, device=DEVICE), random_e4m3(L, 128, device=DEVICE)
+    kv, weights = (key, torch.rand(L, device=DEVICE)), torch.randn(S, H, device=DEVICE)
+    start = int32(torch.randint(0, 500, (S,)), DEVICE)
+    end = int32(torch.randint(0, L + 99, (S,)), DEVICE)
+    logits = dsa_ext.fp8_mqa_logits(q, kv, weights, start, end)
+    expected = dsa_ext.topk_select(logits, k, start, end, return_scores=True)
+    got = dsa_ext.fp8_mqa_topk(q, kv, weights, start, end, k, return_scores=True)
+    assert_all_same_bits(got, expected)
+
+
+# ---- selection from long rows --------------------------------------------------------------------
+
+
+def ranking(scores):
+    """The columns of each row, best first, by a stable sort on the CPU."""
+    key = scores.cpu().double()
+    key = key.masked_fill(torch.isneginf(key), -1e300).nan_to_num(-INF, INF, -INF)
+    return int32(key.sort(dim=-1, descending=True, stable=True).indices)
+
+
+def long_rows(kind, rows, columns):
+    scores = torch.randn(rows, columns)
+    if kind == "equal":
+        scores.fill_(1.5)
+    elif kind == "narrow":  # Two neighbours among fp32 numbers.
+        scores = (torch.full_like(scores, 1.5).view(INT32) + (scores > 1.0).int()).view(FP32)
+    elif kind == "zeros":
+        zero = torch.where(torch.rand(rows, columns) < 0.5, 0.0, -0.0)
+        scores = torch.where(torch.rand(rows, columns) < 0.9, zero, scores)
+    elif kind == "odd":
+        odd = torch.tensor([float("nan"), INF, -INF, 0.0])
+        odd = odd[torch.randint(0, 4, (rows, columns))]
+        scores = torch.where(torch.rand(rows, columns) < 0.4, odd, scores)
+    elif kind == "mostly nan":
+        scores = torch.where(torch.rand(rows, columns) < 0.999, float("nan"), scores)
+    return scores.to(DEVICE)
+
+
+@pytest.mark.parametrize("kind", ["random", "equal", "narrow", "zeros", "odd", "mostly nan"])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 2**20), (64, 131072), (3, 100_003)], ids=str)
+def test_selection_from_long_rows(rows, columns, kind):
+    scores = long_rows(kind, rows, columns)
+    order = ranking(scores)
+    for k in (1, 2048, 20_000):
+        indices, kept = dsa_ext.topk_select(scores, k, return_scores=True)
+        assert_same_bits(indices.cpu(), order[:, :k].sort(dim=-1).values)
+        assert_equal_values(kept, scores.gather(1, indices.long()))
+
+
+# ---- more than 2^31 elements ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def memory_gib():
+    """Skips where there is not as much free; hands it back afterwards."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+    def need(gib: int) -> None:
+        if torch.cuda.mem_get_info()[0] < gib * 2**30:
+            pytest.skip(f"needs {gib} GiB of free GPU memory")
+
+    yield need
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+PAST = 2**31
+FAR_PAGES = 65_600  # times 64 tokens of 584 bytes or more: past 2^31 bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_logits_past_2_31(memory_gib, dtype):
+    memory_gib(20)
+    S, L = 4500, 480_001
+    assert S * L > PAST
+    q, key = random_e4m3(S, 2, 32, device=DEVICE), random_e4m3(L, 32, device=DEVICE)
+    kv, weights = (key, torch.rand(L, device=DEVICE)), torch.randn(S, 2, device=DEVICE)
+    start = int32(torch.randint(0, 1000, (S,)), DEVICE)
+    end = int32(torch.randint(0, L, (S,)), DEVICE)
+    end[-30:] = INT_MAX
+    rows = torch.tensor([0, 1, 4472, 4473, 4474, 4499], device=DEVICE)
+    logits = dsa_ext.fp8_mqa_logits(q, kv, weights, start, end, logits_dtype=dtype)
+    expected = reference.fp8_mqa_logits(q[rows], kv, weights[rows], start[rows], end[rows])
+    assert_close(logits[rows], expected, LOGITS_TOLERANCE)
+
+
+@pytest.mark.slow
+def test_paged_logits_past_2_31(memory_gib):
+    """Of the output, and of the cache's bytes."""
+    memory_gib(24)
+    B, width, pages = 4500, 480_001, 260_000
+    assert B * width > PAST
+    assert pages * 64 * 132 > PAST
+    cache = torch.zeros(pages, 64, 1, 132, dtype=torch.uint8, device=DEVICE)
+    near = torch.cat([torch.arange(500), torch.arange(pages - 500, pages)]).to(DEVICE)
+    slots = (near[:, None] * 64 + torch.arange(64, device=DEVICE)).flatten()
+    keys = random_e4m3(len(slots), 128, device=DEVICE)
+    put_indexer_keys(cache, slots, keys, torch.rand(len(slots), device=DEVICE))
+    table = int32(near[torch.randint(0, len(near), (B, -(-width // 64)), device=DEVICE)], DEVICE)
+    lens = int32(torch.randint(0, 300, (B,)), DEVICE)
+    rows = torch.tensor([0, 4473, 4474, 4499], device=DEVICE)
+    lens[rows] = INT_MAX
+    q, weights = random_e4m3(B, 1, 2, 128, device=DEVICE), torch.randn(B, 2, device=DEVICE)
+    logits = dsa_ext.fp8_paged_mqa_logits(q, cache, weights, lens, table, None, width, True)
+    for row in rows.split(1):
+        expected = reference.fp8_paged_mqa_logits(
+            q[row], cache, weights[row], lens[row], table[row], None, width
+        )
+        assert_close(logits[row], expected, LOGITS_TOLERANCE)
+
+
+@pytest.mark.slow
+def test_selection_past_2_31(memory_gib):
+    memory_gib(10)
+    pitch = 2**30 + 7
+    scores = torch.empty(2 * pitch + 5000, device=DEVICE).as_strided((3, 5000), (pitch, 1))
+    scores.copy_(torch.randn(3, 5000))
+    expected = ranking(scores)[:, :100].sort(dim=-1).values
+    assert_same_bits(dsa_ext.topk_select(scores, 100).cpu(), expected)
+
+
+def far_slots(count):
+    """The first slots and the last of a cache of FAR_PAGES pages."""
+    last = FAR_PAGES * 64
+    return torch.cat([torch.arange(count), torch.arange(last - count, last)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
+def test_decode_past_2_31(memory_gib, name):
+    memory_gib(8)
+    fmt = FORMATS[name]
+    slots = far_slots(320)
+    cache = latent_cache(fmt, FAR_PAGES, 64, slots, device=DEVICE)
+    assert cache.numel() > PAST
+    case = {
+        "q": torch.randn(2, 1, 16, fmt.d_qk).to(DEVICE, BF16 if fmt.fp8 else fmt.dtype),
+        "k_cache": cache,
+        "block_table": None,
+        "cache_seqlens": None,
+        "head_dim_v": 512,
+        "tile_scheduler_metadata": None,
+        "is_fp8_kvcache": fmt.fp8,
+        "indices": int32(slots[torch.randint(0, len(slots), (2, 1, 300))], DEVICE),
+    }
+    check_gentle(case)
+    pages = [[FAR_PAGES - 1, 0, FAR_PAGES - 3], [1, FAR_PAGES - 5, FAR_PAGES]]
+    dense = {"block_table": int32(pages, DEVICE), "cache_seqlens": int32([150, 192], DEVICE)}
+    check_cache(case | dense | {"indices": None})
+
+
+@pytest.mark.slow
+def test_sparse_fwd_past_2_31(memory_gib):
+    memory_gib(8)
+    kv = torch.empty(FAR_PAGES * 64, 1, 576, dtype=BF16, device=DEVICE)
+    assert kv.numel() > PAST
+    rows = far_slots(300)
+    kv[rows.to(DEVICE)] = torch.randn(len(rows), 1, 576).to(DEVICE, BF16)
+    case = {
+        "q": torch.randn(4, 16, 576).to(DEVICE, BF16),
+        "kv": kv,
+        "indices": int32(rows[torch.randint(0, len(rows), (4, 1, 200))], DEVICE),
+        "sm_scale": 0.04,
+        "d_v": 512,
+    }
+    check_sparse(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*FORMATS, "indexer"])
+def test_cache_writes_and_gathers_past_2_31(memory_gib, name):
+    """The last page, written and gathered, is the same as that of a small cache."""
+    memory_gib(8)
+    slots = torch.randperm(64, device=DEVICE)
+    lengths = int32([0, 64], DEVICE)
+    if name == "indexer":
+        pages, width, dtype = 260_000, 132, torch.uint8
+        write, gather = dsa_ext.indexer_k_quant_and_cache, dsa_ext.gather_indexer_k_cache
+        rows = (torch.randn(64, 128, device=DEVICE),)
+    else:
+        fmt = FORMATS[name]
+        pages, width, dtype = FAR_PAGES, fmt.width, fmt.dtype
+        write, gather = dsa_ext.mla_kv_quant_and_cache, dsa_ext.gather_mla_kv_cache
+        of = BF16 if fmt.fp8 else fmt.dtype
+        rows = (torch.randn(64, fmt.d_qk - 64).to(DEVICE, of), torch.randn(64, 64).to(DEVICE, of))
+    cache, twin = (paged(n, 64, width, dtype=dtype, device=DEVICE) for n in (pages, 1))
+    assert cache.numel() > PAST
+    write(*rows, cache, (pages - 1) * 64 + slots)
+    write(*rows, twin, slots)
+    assert_same_bits(cache[-1:], twin)
+    got, expected = (
+        gather(c, int32([[c.shape[0] - 1]], DEVICE), lengths, 64) for c in (cache, twin)
+    )
+    pairs = zip(got, expected, strict=True) if name == "indexer" else [(got, expected)]
+    for a, b in pairs:
+        assert_same_bits(a, b)
+
+
+@pytest.mark.slow
+def test_row_ops_past_2_31(memory_gib):
+    memory_gib(14)
+    x = torch.empty(2**21 + 9, 1024, dtype=BF16, device=DEVICE).normal_()
+    assert x.numel() > PAST
+    rows = torch.tensor([0, 2**21 - 1, 2**21, 2**21 + 8], device=DEVICE)
+    got = dsa_ext.hadamard_transform(x)[rows]
+    assert_close(got, reference.hadamard_transform(x[rows].float()), LOGITS_TOLERANCE)
+    values, scale = dsa_ext.per_token_cast_to_fp8(x, False)
+    expected = reference.per_token_cast_to_fp8(x[rows], False)
+    assert_same_bits(values.view(torch.uint8)[rows], expected[0].view(torch.uint8))
+    assert_same_bits(scale[rows], expected[1])
+
+
+@pytest.mark.slow
+def test_map_past_2_31(memory_gib):
+    memory_gib(20)
+    indices = torch.empty(2**20 + 4, 2048, dtype=INT32, device=DEVICE).random_(-1, 300)
+    assert indices.numel() > PAST
+    table = permuted_table([300] * 4, 16, 90, device=DEVICE)
+    rows = torch.tensor([0, 2**20 - 1, 2**20, 2**20 + 3], device=DEVICE)
+    got = dsa_ext.map_to_slots(indices, table, 16)[rows]
+    request = int32(rows // (indices.shape[0] // 4), DEVICE)
+    assert_same_bits(got, reference.map_to_slots(indices[rows], table, 16, request))
+
+
+@pytest.mark.slow
+def test_merge_past_2_31(memory_gib):
+    memory_gib(14)
+    outs = torch.empty(2, 2**14 + 3, 128, 512, dtype=BF16, device=DEVICE).normal_()
+    assert outs.numel() > PAST
+    lses = torch.randn(outs.shape[:-1], device=DEVICE)
+    out, lse = dsa_ext.merge_attn_states(outs, lses)
+    expected = reference.merge_attn_states(outs[:, -4:], lses[:, -4:], out_dtype=FP32)
+    assert_close(out[-4:], expected[0], LOGITS_TOLERANCE)
+    assert_lse_close(lse[-4:], expected[1])
+
+
+# ---- hostile -------------------------------------------------------------------------------------
+
+
+def test_hostile_campaign():
+    """DSA_HOSTILE_CASES random small calls of all ops, from seed DSA_HOSTILE_SEED on."""
+    count = int(os.environ.get("DSA_HOSTILE_CASES", "200"))
+    first = int(os.environ.get("DSA_HOSTILE_SEED", "0"))
+    kinds = itertools.cycle(KINDS)
+    with threads(1):
+        for seed, kind in zip(range(first, first + count), kinds, strict=False):
+            try:
+                run(make(kind, seed), DEVICE, give_workspace=seed % 2 == 0)
+            except Exception as error:
+                raise AssertionError(f"{kind}, seed {seed}: {error}") from error
