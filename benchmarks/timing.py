@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times of one call with cold caches.
 
-On a GPU the L2 cache is overwritten before each call. The fill also keeps the GPU busy for longer
-than the host needs to enqueue the call, so that two CUDA events around the call hold kernels only,
-without launch latency: what a CUDA-graph replay would show, for peers that cannot be captured too.
+On a GPU a buffer of many times the L2 cache is read before each call: what the call needs is gone
+from L2, and what stands there instead is clean, so that the call does not pay for writing back
+lines that are not its own. The read also keeps the GPU busy for longer than the host needs to
+enqueue the call, so that two CUDA events around the call hold kernels only, without launch latency:
+what a CUDA-graph replay would show, for peers that cannot be captured too.
 """
 
 from __future__ import annotations
@@ -41,9 +43,16 @@ class Timing:
 
 
 @functools.cache
-def _flush_buffer() -> Tensor:
+def _flush_buffers() -> tuple[Tensor, Tensor]:
+    """What a flush reads, and where it puts the sum."""
     free, _ = torch.cuda.mem_get_info()
-    return torch.empty(min(_FLUSH_BYTES, free // 8), dtype=torch.uint8, device="cuda")
+    count = min(_FLUSH_BYTES, free // 8) // 4
+    return torch.zeros(count, device="cuda"), torch.empty((), device="cuda")
+
+
+def _flush() -> None:
+    source, total = _flush_buffers()
+    torch.sum(source, dim=0, out=total)
 
 
 def _event() -> torch.cuda.Event:
@@ -54,7 +63,7 @@ def _cuda_samples(call: Call, repeats: int) -> list[float]:
     events = []
     for _ in range(repeats):
         begin, end = _event(), _event()
-        _flush_buffer().zero_()
+        _flush()
         begin.record()
         call()
         end.record()

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m dsa_ext``: a report of this installation, for bug threads."""
+"""``python -m dsa_ext``: a report of this installation, for bug threads.
+
+``--matrix`` prints the kernels alone, as the Markdown table of README.md.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 
@@ -44,5 +48,18 @@ def report() -> str:
     return "\n".join(lines)
 
 
+def matrix() -> str:
+    """Return the kernels of this build as a Markdown table, best first for each op."""
+    rows = [f"| `{k['op']}` | `{k['id']}` | {k['takes']} |" for k in _C.kernels()]
+    return "\n".join(["| op | kernel | takes |", "| --- | --- | --- |", *rows])
+
+
+def main() -> None:
+    """Print what the command line asks for."""
+    parser = argparse.ArgumentParser(prog="python -m dsa_ext", description=report.__doc__)
+    parser.add_argument("--matrix", action="store_true", help="the kernels as a Markdown table")
+    print(matrix() if parser.parse_args().matrix else report())
+
+
 if __name__ == "__main__":
-    print(report())
+    main()

@@ -27,7 +27,7 @@ class TensorRows {
         sizes[num_dims_++] = size;
       }
     }
-    for (int dim = 0; dim < num_dims_; ++dim) sizes_[dim] = FastDivisor(sizes[dim]);
+    for (int dim = 0; dim + 1 < num_dims_; ++dim) sizes_[dim] = FastDivisor(sizes[dim]);
   }
 
   DSA_HOST_DEVICE std::int64_t count() const { return count_; }
@@ -36,6 +36,7 @@ class TensorRows {
   template <typename T>
   __device__ T* row(std::int64_t row) const {
     std::int64_t offset = 0;
+#pragma unroll 1
     for (int dim = 0; dim + 1 < num_dims_; ++dim) {
       const std::int64_t outer = sizes_[dim].quotient(row);
       offset += (row - outer * sizes_[dim].divisor()) * strides_[dim];
@@ -50,7 +51,7 @@ class TensorRows {
   std::int64_t count_;
   std::int64_t width_;
   int num_dims_ = 0;
-  FastDivisor sizes_[kMaxDims];  // innermost first
+  FastDivisor sizes_[kMaxDims];  // innermost first; the outermost needs none
   std::int64_t strides_[kMaxDims] = {};
 };
 

@@ -3,16 +3,17 @@
 //
 // Tile      one query token, kHeads heads (16, 32 or 64), kTokens keys at a time (32 or 64). A row
 //           of the key tile is K in full and V in its first d_v dimensions.
-// Warps     QK: a grid of kWarpsM x kWarpsN over [kHeads, kTokens]. PV: every warp has all heads
-// and
-//           64 (8 warps) or 128 (4 warps) of the 512 columns of the output.
-// Registers 64 heads: 128 fp32 of output and 16 of scores a thread, 8 warps, 1 CTA an SM;
-//           32 and 16 heads: 64 of output, 2 CTAs an SM, whose phases overlap.
-// Shared    SharedStorage (attention_config.h): q, key tile (two for 16-bit caches), raw FP8 rows,
+// Warps     QK: a grid of kWarpsM x kWarpsN over [kHeads, kTokens], in pairs that share their keys.
+//           PV: every warp has all heads and 64 (8 warps) or 128 (4 warps) of the 512 columns.
+// Registers 64 heads: 8 warps, 128 fp32 of output and 32 of scores a thread, 1 CTA an SM; 32 and 16
+//           heads: 4 warps, 128 and 64 of output, 2 CTAs an SM, whose phases overlap.
+// Shared    SharedStorage (attention_config.cuh): q, key tile (two for 16-bit caches), raw FP8
+// rows,
 //           probabilities. 64 heads, V3.2: 72 + 72 + 41 + 32 KiB.
 // A tile    (a) wait for its copies, barrier; start the next tile's copies. FP8: widen, barrier.
-//           (b) QK; row maxima to shared memory, barrier; every warp forms the same new maxima.
-//           (c) p = 2^(s - base) to shared memory in 16 bits (V3.2: one copy for each of the four
+//           (b) QK; warp pairs exchange halves of their sums through p (two barriers of 64
+//           threads); row maxima to shared memory, barrier; every warp forms the same new base. (c)
+//           p = 2^(s - base) to shared memory in 16 bits (V3.2: one copy for each of the four
 //           groups, times its scale), barrier; (d) PV. The barrier of the next (a) frees p, the
 //           tile and the maxima. The sums of p stay a thread's own until the end.
 // Softmax   base follows the maximum only when that is 2^8 ahead, so that the output is rarely
@@ -29,6 +30,12 @@
 namespace dsa::cuda {
 
 inline constexpr float kAttentionInf = __builtin_huge_valf();
+// A CTA's, of the architecture that is compiled for.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+inline constexpr std::size_t kMostSharedBytes = 163 * 1024;
+#else
+inline constexpr std::size_t kMostSharedBytes = 227 * 1024;
+#endif
 inline constexpr float kLn2 = 0.693147180559945309f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -83,6 +90,7 @@ class AttentionTile {
   static constexpr int kMTiles = Config::kMTiles;
   static constexpr int kNTiles = Config::kNTiles;
   using Scores = float[kMTiles][kNTiles][4];
+  using PairScores = float[kMTiles][2 * kNTiles][4];  // of this warp's tile and its neighbour's
 
   __device__ AttentionTile(SharedStorage& shared, const AttentionArgs& args)
       : shared_(shared),
@@ -96,7 +104,7 @@ class AttentionTile {
         column_(warp_ * Config::kColumns) {
 #pragma unroll
     for (int i = 0; i < 2 * kMTiles; ++i) {
-      max_[i] = base_[i] = -kAttentionInf;
+      max_[i] = -kAttentionInf;
       sum_[i] = weight_[i] = 0.0f;
     }
 #pragma unroll
@@ -112,77 +120,43 @@ class AttentionTile {
   // scores = q . k of the tile, in fp32, V3.2's scales applied.
   __device__ void multiply_qk(const std::uint8_t* tile) {
     constexpr int kChains = Config::kChains;
-    constexpr int kMaxBlocks = kMaxDimQk / kDimBlock;
-    const QkFragments fragments(shared_, tile, warp_head_, warp_key_, lane_);
-    clear(scores_);
+    const QkFragments fragments(shared_, tile, warp_head_, pair_key(), warp_ % 2, lane_);
+    PairScores sums;
+    clear(sums);
     if constexpr (Config::kIsV32) {
       constexpr int kBlocksPerScale = static_cast<int>(MlaV32Layout::kGroup) / kDimBlock;
 #pragma unroll 1
       for (int group = 0; group < Config::kScales; group += kChains) {
-        Scores acc[kChains];
+        PairScores acc[kChains];
 #pragma unroll
         for (int c = 0; c < kChains; ++c) clear(acc[c]);
 #pragma unroll
         for (int block = 0; block < kBlocksPerScale; ++block) {
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-#pragma unroll
-            for (int c = 0; c < kChains; ++c) {
-              fragments.template multiply<ValueElement>((group + c) * kBlocksPerScale + block, half,
-                                                        acc[c]);
-            }
-          }
-        }
-#pragma unroll
-        for (int c = 0; c < kChains; ++c) add_scaled(acc[c], group + c);
-      }
-      constexpr int kRopeBlock = static_cast<int>(MlaV32Layout::kDimNope) / kDimBlock;
-#pragma unroll
-      for (int m = 0; m < kMTiles; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float factor = shared_.q_factor[head_of(m, half)];
-#pragma unroll
-          for (int n = 0; n < kNTiles; ++n) {
-            scores_[m][n][2 * half] *= factor;
-            scores_[m][n][2 * half + 1] *= factor;
-          }
-        }
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        fragments.template multiply<QueryElement>(kRopeBlock, half, scores_);
-      }
-    } else {
-      Scores acc[kChains > 1 ? kChains - 1 : 1];
-#pragma unroll
-      for (int c = 0; c < kChains - 1; ++c) clear(acc[c]);
-#pragma unroll
-      for (int block = 0; block < kMaxBlocks; block += kChains) {
-        if (block >= blocks_) break;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-#pragma unroll
           for (int c = 0; c < kChains; ++c) {
-            if (block + c >= kMaxBlocks) break;
-            if (c > 0 && block + c >= blocks_) break;
-            fragments.template multiply<QueryElement>(block + c, half,
-                                                      c == 0 ? scores_ : acc[c > 0 ? c - 1 : 0]);
+            fragments.template multiply<ValueElement>((group + c) * kBlocksPerScale + block,
+                                                      acc[c]);
           }
         }
+#pragma unroll
+        for (int c = 0; c < kChains; ++c) add_scaled(acc[c], group + c, sums);
       }
+      multiply_by_q_factor(sums);
+      constexpr int kRopeBlock = static_cast<int>(MlaV32Layout::kDimNope) / kDimBlock;
+      fragments.template multiply<QueryElement>(kRopeBlock, sums);
+    } else {
+      constexpr int kMaxBlocks = kMaxDimQk / kDimBlock;
+      PairScores odd;
+      clear(odd);
 #pragma unroll
-      for (int c = 0; c < kChains - 1; ++c) {
-#pragma unroll
-        for (int m = 0; m < kMTiles; ++m) {
-#pragma unroll
-          for (int n = 0; n < kNTiles; ++n) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) scores_[m][n][e] += acc[c][m][n][e];
-          }
-        }
+      for (int block = 0; block < kMaxBlocks; ++block) {
+        if (block >= blocks()) break;
+        fragments.template multiply<QueryElement>(block,
+                                                  kChains > 1 && block % 2 == 1 ? odd : sums);
       }
+      if constexpr (kChains > 1) add(odd, sums);
     }
+    exchange_halves(sums);
   }
 
   // The tile's maxima of this warp's heads, over this warp's keys; masks invalid keys.
@@ -214,7 +188,7 @@ class AttentionTile {
   }
 
   // Probabilities to shared memory, and what older output has to be multiplied by.
-  __device__ void publish_probabilities() {
+  __device__ void publish_probabilities(int tile) {
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
       float base[2];
@@ -229,15 +203,19 @@ class AttentionTile {
         }
         if constexpr (kKeepsMax) max_[i] = fmaxf(max_[i], largest);
         float alpha = 1.0f;
-        if (largest > base_[i] + kLazyRescale) {
-          alpha = exp2_approx(base_[i] - largest);
-          base_[i] = largest;
+        base[half] = shared_.base[tile & 1][head];
+        if (largest > base[half] + kLazyRescale) {
+          alpha = exp2_approx(base[half] - largest);
+          base[half] = largest;
           sum_[i] *= alpha;
           weight_[i] *= alpha;
         }
-        if (warp_ % Config::kWarpsN == 0 && lane_ % 4 == 0) shared_.alpha[head] = alpha;
+        if (warp_ % Config::kWarpsN == 0 && lane_ % 4 == 0) {
+          shared_.alpha[head] = alpha;
+          shared_.base[~tile & 1][head] = base[half];
+        }
         // While all scores are -inf, any finite base gives p = 0.
-        base[half] = base_[i] == -kAttentionInf ? 0.0f : base_[i];
+        if (base[half] == -kAttentionInf) base[half] = 0.0f;
       }
 #pragma unroll
       for (int n = 0; n < kNTiles; ++n) {
@@ -262,7 +240,7 @@ class AttentionTile {
 
   // out = out * alpha + p . v
   __device__ void multiply_pv(const std::uint8_t* tile) {
-    if (column_ >= d_v_) return;
+    if (column_ >= d_v()) return;
     const int group = Config::kIsV32 ? column_ / static_cast<int>(MlaV32Layout::kGroup) : 0;
     rescale(group);
     const std::uint32_t p_base = ptx::shared_address(shared_.p[group]);
@@ -280,7 +258,7 @@ class AttentionTile {
 #pragma unroll
       for (int c = 0; c < Config::kColumnTiles; c += 2) {
         // Dimensions come in blocks of 64: whole or not at all.
-        if (c % 8 == 0 && c > 0 && column_ + 8 * c >= d_v_) break;
+        if (c % 8 == 0 && c > 0 && column_ + 8 * c >= d_v()) break;
         std::uint32_t b[4];
         ptx::ldmatrix_x4_trans(
             b, v_base + k * kRowBytes + c / 8 * (2 * kDimBlock) + (v_chunk ^ (c % 8 * kChunk)));
@@ -294,7 +272,7 @@ class AttentionTile {
   }
 
   // The heads' statistics, in the place of p. Begins and ends with a barrier.
-  __device__ const Statistics& publish_statistics() {
+  __device__ const Statistics& publish_statistics(int end_tile) {
     __syncthreads();
     auto& statistics = reinterpret_cast<Statistics&>(shared_.p);
 #pragma unroll
@@ -313,8 +291,8 @@ class AttentionTile {
         statistics.sum[warp_ % Config::kWarpsN][head] = sum;
         statistics.weight[warp_ % Config::kWarpsN][head] = weight;
         if (warp_ % Config::kWarpsN == 0) {
-          statistics.base[head] = base_[i];
-          statistics.max[head] = kKeepsMax ? max_[i] : base_[i];
+          statistics.base[head] = shared_.base[end_tile & 1][head];
+          statistics.max[head] = kKeepsMax ? max_[i] : statistics.base[head];
         }
       }
     }
@@ -328,7 +306,7 @@ class AttentionTile {
   __device__ void store_out(const Factor& factor, const Store& store) const {
     float unit = 1.0f;
     if constexpr (Config::kIsV32) {
-      unit = Config::kWidenedUnit / Config::kProbabilityUnit * power_of_two(scale_exponent_);
+      unit = 1.0f / Config::kProbabilityUnit * power_of_two(scale_exponent_);
     }
 #pragma unroll
     for (int r = 0; r < Config::kRowTiles; ++r) {
@@ -339,7 +317,7 @@ class AttentionTile {
 #pragma unroll
         for (int c = 0; c < Config::kColumnTiles; ++c) {
           const int column = column_ + 8 * c + lane_ % 4 * 2;
-          if (column >= d_v_) break;
+          if (column >= d_v()) break;
           store(head, column, out_[r][c][2 * half] * f * unit, out_[r][c][2 * half + 1] * f * unit);
         }
       }
@@ -347,78 +325,167 @@ class AttentionTile {
   }
 
  private:
+  // An 8-bit cache fixes its dimensions.
+  __device__ int d_v() const { return Config::kIsFp8 ? kMaxDimV : d_v_; }
+  __device__ int blocks() const {
+    return Config::kIsV4 ? static_cast<int>(MlaV4Layout::kDim) / kDimBlock : blocks_;
+  }
+
   // Only prefill, from 16-bit rows, returns the maximum.
   static constexpr bool kKeepsMax = !Config::kIsFp8;
   // Scores move on by this much (in powers of two) before output and sums are rescaled to them.
   static constexpr float kLazyRescale = 8.0f;
 
-  // Addresses of this lane's ldmatrix rows, for QK.
+  // Addresses of this lane's ldmatrix rows, for QK: half of every 64 dims, two warps' keys.
   struct QkFragments {
-    static constexpr bool kWide = kNTiles == 2;  // 16 keys x 16 dims a load, else 8 keys x 32 dims
     std::uint32_t a_base, a_chunk, b_base, b_chunk;
 
     __device__ QkFragments(const SharedStorage& shared, const std::uint8_t* tile, int head, int key,
-                           int lane)
+                           int half, int lane)
         : a_base(ptx::shared_address(shared.q) + (head + lane % 16) * kRowBytes),
-          a_chunk(static_cast<std::uint32_t>((lane / 16) ^ (lane & 7)) * kChunk),
-          b_base(ptx::shared_address(tile) +
-                 (key + (lane & 7) + (kWide ? lane / 16 * 8 : 0)) * kRowBytes),
-          b_chunk(static_cast<std::uint32_t>((kWide ? lane / 8 % 2 : lane / 8) ^ (lane & 7)) *
-                  kChunk) {}
+          a_chunk(static_cast<std::uint32_t>((lane / 16) ^ (lane & 7) ^ (4 * half)) * kChunk),
+          b_base(ptx::shared_address(tile) + (key + (lane & 7) + lane / 16 * 8) * kRowBytes),
+          b_chunk(static_cast<std::uint32_t>((lane / 8 % 2) ^ (lane & 7) ^ (4 * half)) * kChunk) {}
 
-    // acc += q . k over 32 dims: half 0 or 1 of a block of 64.
+    // acc += q . k over the half of a block.
     template <typename Element>
-    __device__ void multiply(int block, int half, Scores& acc) const {
+    __device__ void multiply(int block, PairScores& acc) const {
       const std::uint32_t at = block * (2 * kDimBlock);
-      std::uint32_t b[2][4];
 #pragma unroll
-      for (int s = 0; s < (kWide ? 2 : 1); ++s) {
-        ptx::ldmatrix_x4(b[s], b_base + at + (b_chunk ^ ((2 * half + s) * 2 * kChunk)));
-      }
-#pragma unroll
-      for (int s = 0; s < 2; ++s) {
+      for (int step = 0; step < 2; ++step) {  // of 16 dims
+        const std::uint32_t chunk_bits = step * 2 * kChunk;
+        std::uint32_t a[kMTiles][4];
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m) {
-          std::uint32_t a[4];
-          ptx::ldmatrix_x4(
-              a, a_base + m * 16 * kRowBytes + at + (a_chunk ^ ((2 * half + s) * 2 * kChunk)));
-          if constexpr (kWide) {
-            ptx::mma_16816<Element>(acc[m][0], a, b[s][0], b[s][1]);
-            ptx::mma_16816<Element>(acc[m][kNTiles - 1], a, b[s][2], b[s][3]);
-          } else {
-            ptx::mma_16816<Element>(acc[m][0], a, b[0][2 * s], b[0][2 * s + 1]);
+          ptx::ldmatrix_x4(a[m], a_base + m * 16 * kRowBytes + at + (a_chunk ^ chunk_bits));
+        }
+#pragma unroll
+        for (int n = 0; n < 2 * kNTiles; n += 2) {
+          std::uint32_t b[4];
+          ptx::ldmatrix_x4(b, b_base + n * 8 * kRowBytes + at + (b_chunk ^ chunk_bits));
+#pragma unroll
+          for (int m = 0; m < kMTiles; ++m) {
+            ptx::mma_16816<Element>(acc[m][n], a[m], b[0], b[1]);
+            ptx::mma_16816<Element>(acc[m][n + 1], a[m], b[2], b[3]);
           }
         }
       }
     }
   };
 
+  // The first key of this warp and its neighbour.
+  __device__ int pair_key() const { return warp_key_ - warp_ % 2 * kNTiles * 8; }
+
+  // scores = own sums + the neighbour's, for this warp's keys. Through p, which is free now: first
+  // the odd warps' sums of the even ones' keys, then the reverse in the same place.
+  __device__ void exchange_halves(const PairScores& sums) {
+    constexpr int kPerLane = kMTiles * kNTiles;
+    constexpr int kPairs = Config::kWarps / 2;
+    static_assert(kPairs * kPerLane * 32 * sizeof(float4) <= sizeof(SharedStorage::p));
+    float4* mail = reinterpret_cast<float4*>(shared_.p) + warp_ / 2 * kPerLane * 32 + lane_;
+    const bool odd = warp_ % 2 == 1;
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kNTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          scores_[m][n][e] = odd ? sums[m][kNTiles + n][e] : sums[m][n][e];
+        }
+      }
+    }
+    const auto send = [&](int first) {
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+        for (int n = 0; n < kNTiles; ++n) {
+          const float* x = sums[m][first + n];
+          mail[(m * kNTiles + n) * 32] = {x[0], x[1], x[2], x[3]};
+        }
+      }
+    };
+    const auto receive = [&] {
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+        for (int n = 0; n < kNTiles; ++n) {
+          const float4 x = mail[(m * kNTiles + n) * 32];
+          scores_[m][n][0] += x.x;
+          scores_[m][n][1] += x.y;
+          scores_[m][n][2] += x.z;
+          scores_[m][n][3] += x.w;
+        }
+      }
+    };
+    if (odd) send(0);
+    pair_barrier();
+    if (!odd) {
+      receive();
+      send(kNTiles);
+    }
+    pair_barrier();
+    if (odd) receive();
+  }
+
+  // Orders shared memory between a warp and its neighbour. Barrier 0 is __syncthreads.
+  __device__ void pair_barrier() const {
+    asm volatile("bar.sync %0, 64;" ::"r"(1 + warp_ / 2) : "memory");
+  }
+
   __device__ int head_of(int m, int half) const {
     return warp_head_ + 16 * m + 8 * half + lane_ / 4;
   }
   __device__ int key_of(int n) const { return warp_key_ + 8 * n + lane_ % 4 * 2; }
 
-  __device__ static void clear(Scores& x) {
+  __device__ static void clear(PairScores& x) {
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
-      for (int n = 0; n < kNTiles; ++n) {
+      for (int n = 0; n < 2 * kNTiles; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) x[m][n][e] = 0.0f;
       }
     }
   }
 
-  // scores += acc times its keys' scales.
-  __device__ void add_scaled(const Scores& acc, int group) {
+  __device__ static void add(const PairScores& x, PairScores& sums) {
 #pragma unroll
-    for (int n = 0; n < kNTiles; ++n) {
-      const float scale[2] = {shared_.scale[key_of(n)][group], shared_.scale[key_of(n) + 1][group]};
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < 2 * kNTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums[m][n][e] += x[m][n][e];
+      }
+    }
+  }
+
+  // sums += acc times its keys' scales.
+  __device__ void add_scaled(const PairScores& acc, int group, PairScores& sums) const {
+#pragma unroll
+    for (int n = 0; n < 2 * kNTiles; ++n) {
+      const int key = pair_key() + 8 * n + lane_ % 4 * 2;
+      const float scale[2] = {shared_.scale[key][group], shared_.scale[key + 1][group]};
 #pragma unroll
       for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          scores_[m][n][e] = fmaf(acc[m][n][e], scale[e % 2], scores_[m][n][e]);
+          sums[m][n][e] = fmaf(acc[m][n][e], scale[e % 2], sums[m][n][e]);
+        }
+      }
+    }
+  }
+
+  // What narrow_queries() divided q by.
+  __device__ void multiply_by_q_factor(PairScores& sums) const {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float factor = shared_.q_factor[head_of(m, half)];
+#pragma unroll
+        for (int n = 0; n < 2 * kNTiles; ++n) {
+          sums[m][n][2 * half] *= factor;
+          sums[m][n][2 * half + 1] *= factor;
         }
       }
     }
@@ -437,17 +504,14 @@ class AttentionTile {
   // For each group the probabilities times the keys' scales, relative to the largest scale so far:
   // f16 then holds them.
   __device__ void store_scaled_probabilities() {
-    float unit[Config::kScales];
-#pragma unroll
+#pragma unroll 1
     for (int g = 0; g < Config::kScales; ++g) {
-      unit[g] = Config::kProbabilityUnit * power_of_two(254 - bounded(shared_.scale_exponent[g]));
-    }
+      const float unit =
+          Config::kProbabilityUnit * power_of_two(254 - bounded(shared_.scale_exponent[g]));
 #pragma unroll
-    for (int n = 0; n < kNTiles; ++n) {
-#pragma unroll
-      for (int g = 0; g < Config::kScales; ++g) {
-        const float scale0 = shared_.scale[key_of(n)][g] * unit[g];
-        const float scale1 = shared_.scale[key_of(n) + 1][g] * unit[g];
+      for (int n = 0; n < kNTiles; ++n) {
+        const float scale0 = shared_.scale[key_of(n)][g] * unit;
+        const float scale1 = shared_.scale[key_of(n) + 1][g] * unit;
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
@@ -499,29 +563,49 @@ class AttentionTile {
   int column_;                // of PV
   int scale_exponent_ = 1;    // that the output is relative to
   Scores scores_;
-  float max_[2 * kMTiles], base_[2 * kMTiles];
-  float sum_[2 * kMTiles], weight_[2 * kMTiles];
+  float max_[2 * kMTiles], sum_[2 * kMTiles], weight_[2 * kMTiles];
   float out_[Config::kRowTiles][Config::kColumnTiles][4];
+};
+
+// Which query token and heads a CTA has.
+struct CtaRow {
+  std::int64_t launch_row;  // the token in this launch; in the whole batch token j of request b
+  std::int64_t b, j;
+  int first_head;
+
+  template <typename Config>
+  __device__ static CtaRow of(const AttentionArgs& args) {
+    // Opaque, so that this is worked out twice rather than kept through the tile loop.
+    unsigned cta = blockIdx.x;
+    asm volatile("" : "+r"(cta));
+    const unsigned head_tiles = (args.num_heads + Config::kHeads - 1) / Config::kHeads;
+    const std::int64_t launch_row = cta / head_tiles;
+    const std::int64_t row = args.first_row + launch_row;
+    return {launch_row, row / args.tokens_per_request, row % args.tokens_per_request,
+            static_cast<int>(cta % head_tiles) * Config::kHeads};
+  }
 };
 
 // q of the CTA's heads; rows past the last head and dims past d_qk are zero.
 template <typename Config>
 __device__ void load_queries(typename Config::SharedStorage& shared, const AttentionArgs& args,
-                             std::int64_t b, std::int64_t j, int first_head) {
-  const std::uint16_t* q = args.q + b * args.q_stride_b + j * args.q_stride_j;
+                             const CtaRow& where) {
+  const std::uint16_t* q = args.q + where.b * args.q_stride_b + where.j * args.q_stride_j;
   const int chunks = args.d_qk * 2 / kChunk;
   constexpr int kRowChunks = kRowBytes / kChunk;
   const std::uint32_t dst = ptx::shared_address(shared.q);
   for (int i = threadIdx.x; i < Config::kHeads * kRowChunks; i += Config::kThreads) {
     const int head = i / kRowChunks;
     const int chunk = i % kRowChunks;
-    const bool valid = first_head + head < args.num_heads && chunk < chunks;
+    const std::uint32_t at = dst + swizzled(head, chunk);
     const auto* src = reinterpret_cast<const std::uint8_t*>(
-        q + (first_head + head) * args.q_stride_h + chunk * (kChunk / 2));
-    if (args.q_aligned) {
-      copy_chunk<true>(dst + swizzled(head, chunk), src, valid);
+        q + (where.first_head + head) * args.q_stride_h + chunk * (kChunk / 2));
+    if (where.first_head + head >= args.num_heads || chunk >= chunks) {
+      store_chunk(at, uint4{0, 0, 0, 0});
+    } else if (args.q_aligned) {
+      copy_chunk<true>(at, src);
     } else {
-      copy_chunk<false>(dst + swizzled(head, chunk), src, valid);
+      copy_chunk<false>(at, src);
     }
   }
 }
@@ -548,7 +632,7 @@ __device__ void narrow_queries(typename Config::SharedStorage& shared) {
     // 2^15 / 2^(e - 126) brings [2^(e-127), 2^(e-126)) under 2^15; inf and NaN stay what they are.
     const int exponent = max(static_cast<int>(largest >> 7), 60);
     const float down = __int_as_float(min(127 + 15 + 126 - exponent, 254) << 23);
-    if (lane == 0) shared.q_factor[head] = Config::kWidenedUnit / down;
+    if (lane == 0) shared.q_factor[head] = 1.0f / down;
 #pragma unroll
     for (int i = 0; i < kChunksPerLane; ++i) {
       std::uint32_t words[4] = {values[i].x, values[i].y, values[i].z, values[i].w};
@@ -601,28 +685,28 @@ __device__ __forceinline__ float share_beside(float sink, float lse) {
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     portable_attention_kernel(const __grid_constant__ AttentionArgs args) {
+  if constexpr (sizeof(typename Config::SharedStorage) > kMostSharedBytes)
+    return;  // never launched
   extern __shared__ __align__(128) std::uint8_t shared_bytes[];
   auto& shared = *reinterpret_cast<typename Config::SharedStorage*>(shared_bytes);
 
-  const int head_tiles = (args.num_heads + Config::kHeads - 1) / Config::kHeads;
-  const std::int64_t launch_row = blockIdx.x / head_tiles;
-  const int first_head = static_cast<int>(blockIdx.x % head_tiles) * Config::kHeads;
-  const std::int64_t row = args.first_row + launch_row;
-  const std::int64_t b = row / args.tokens_per_request;
-  const std::int64_t j = row % args.tokens_per_request;
   const int split = blockIdx.y;
-
-  const KeySequence keys(args, b, j);
-  const int tiles = (keys.size() + Config::kTokens - 1) / Config::kTokens;
+  const CtaRow where = CtaRow::of<Config>(args);
+  if (threadIdx.x == 0) shared.keys.init(args, where.b, where.j);
+  if (threadIdx.x < Config::kHeads) {
+    shared.base[0][threadIdx.x] = shared.base[1][threadIdx.x] = -kAttentionInf;
+  }
+  __syncthreads();
+  const int tiles = (shared.keys.size() + Config::kTokens - 1) / Config::kTokens;
   const int tiles_per_split = (tiles + args.num_splits - 1) / args.num_splits;
   const int begin = min(split * tiles_per_split, tiles);
   const int end = min(begin + tiles_per_split, tiles);
 
   AttentionTile<Config> state(shared, args);
-  TileLoader<Config> loader(keys, shared, args);
+  TileLoader<Config> loader(shared, args);
   if (begin < end) {
     constexpr int kStages = Config::kIsFp8 ? Config::kRawStages : Config::kTileStages;
-    load_queries<Config>(shared, args, b, j, first_head);
+    load_queries<Config>(shared, args, where);
     ptx::cp_async_commit();
     loader.prefetch(begin);
     loader.issue(begin, 0);
@@ -655,12 +739,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
       state.multiply_qk(key_tile);
       state.publish_maxima(tile);
       __syncthreads();
-      state.publish_probabilities();
+      state.publish_probabilities(tile);
       __syncthreads();
       state.multiply_pv(key_tile);
     }
   }
-  const auto& statistics = state.publish_statistics();
+  const auto& statistics = state.publish_statistics(end);
+  const auto [launch_row, b, j, first_head] = CtaRow::of<Config>(args);
 
   if (args.num_splits > 1) {
     const std::int64_t at = (launch_row * args.num_splits + split) * args.num_heads + first_head;

@@ -9,7 +9,7 @@
 #include "cuda/common/launch.h"
 #include "cuda/cuda_kernels.h"
 #include "cuda/portable/attention_combine.cuh"
-#include "cuda/portable/attention_config.h"
+#include "cuda/portable/attention_config.cuh"
 #include "cuda/portable/attention_kernel.cuh"
 
 namespace dsa::cuda {

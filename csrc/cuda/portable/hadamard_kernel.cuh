@@ -4,14 +4,19 @@
 // what the two kernels below are about. A row is read before any of it is written, so that out may
 // be x.
 //
-// Warp kernel, n <= 512: a row is in n / kValues neighbouring lanes, kValues (8 or 16) consecutive
-// elements each. Low bits in registers, the others by shuffles; no shared memory, no barriers.
+// Warp kernel, n <= 1024: a row is in a power of two of neighbouring lanes. A lane holds kUnits
+// units of 16 bytes, one every `lanes` units, so that lanes load and store neighbouring units: an
+// element's lowest bits are its place in a unit, then come the lane's, then the unit's number. Only
+// the lane's bits take shuffles. 32 elements a lane from n = 32 on, else one unit. No shared
+// memory, no barriers.
 //
-// Cta kernel, n >= 1024: a row a cta, kCtaValues = 32 elements (5 bits) of each part a thread. A
+// Cta kernel, n >= 2048: a row a cta, kCtaValues = 32 elements (5 bits) of each part a thread. A
 // part is the row up to 16384 elements; a row of 32768 is two, whose top bit is a butterfly between
 // registers. The bits take three turns in the registers:
-//   A  {0, 6, 7, 8, 9}    as loaded: lanes hold neighbouring pairs, so that a warp reads whole
-//   lines B  {1, 2, 3, 4, 5} C  {0, top four}      as stored, again neighbouring pairs
+//   - A, bits {0, 6, 7, 8, 9}, as loaded: lanes hold neighbouring pairs, so that a warp reads whole
+//     lines;
+//   - B, bits {1, 2, 3, 4, 5};
+//   - C, bits {0, top four}, as stored, again neighbouring pairs.
 // Between turns the part passes through shared memory, n fp32 with 2 words of padding behind each
 // 64: pairs (A, C) and a stride of 66 words every other lane (B) then have no bank conflicts.
 // Barriers: all threads between A's writes and B's reads, B's writes and C's reads, and before the
@@ -37,27 +42,48 @@ __device__ __forceinline__ void butterfly(float (&x)[kCount]) {
   }
 }
 
-inline constexpr int kHadamardWarpThreads = 256;
+// The butterflies of register bits kBit to kEnd - 1, as far as a row of n elements has them.
+template <int kBit, int kEnd, int kCount>
+__device__ __forceinline__ void butterflies(float (&x)[kCount], int n) {
+  if constexpr (kBit < kEnd) {
+    if (n > 1 << kBit) butterfly<kBit>(x);
+    butterflies<kBit + 1, kEnd>(x, n);
+  }
+}
 
-template <typename T, int kValues>
+inline constexpr int kHadamardWarpThreads = 256;
+inline constexpr int kLog2WarpValues = 5;  // of a lane, where a row has as many
+
+template <typename T>
+inline constexpr int kLog2Unit = sizeof(T) == 2 ? 3 : 2;
+
+template <typename T, int kLog2Units, bool kWhole>
 __global__ void __launch_bounds__(kHadamardWarpThreads)
-    portable_hadamard_warp_kernel(TensorRows x, TensorRows out, float scale, bool aligned) {
-  const int n = static_cast<int>(x.width());
-  const int lanes = n > kValues ? n / kValues : 1;  // of a row; a power of two
-  const int lane = static_cast<int>(threadIdx.x) % lanes;
-  const std::int64_t row = std::int64_t{blockIdx.x} * (kHadamardWarpThreads / lanes) +
-                           static_cast<int>(threadIdx.x) / lanes;
-  const int begin = lane * kValues;
+    portable_hadamard_warp_kernel(TensorRows x, TensorRows out, int log2_lanes, float scale) {
+  constexpr int kUnit = 1 << kLog2Unit<T>;
+  constexpr int kUnits = 1 << kLog2Units;
+  constexpr int kValues = kUnit * kUnits;
+  const int lanes = 1 << log2_lanes;  // of a row
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread & (lanes - 1);
+  const std::int64_t row =
+      std::int64_t{blockIdx.x} * (kHadamardWarpThreads >> log2_lanes) + (thread >> log2_lanes);
   // Lanes past the last row go on with nothing, since the warp's shuffles need all lanes.
   const bool any = row < x.count();
-  const int valid = any ? n - begin : 0;
+  const int n = kUnits > 1 ? kValues << log2_lanes : static_cast<int>(x.width());
+  const auto begin = [&](int unit) { return (unit << log2_lanes | lane) * kUnit; };
 
+  const T* x_row = x.row<const T>(any ? row : 0);
+  Pack<T, kUnit> units[kUnits];
+#pragma unroll
+  for (int i = 0; i < kUnits; ++i) {
+    units[i] = load<kWhole, T, kUnit>(x_row + begin(i), any ? n - begin(i) : 0);
+  }
   float values[kValues];
-  load_as_float(x.row<const T>(any ? row : 0) + begin, valid, aligned, values);
-  if (n > 1) butterfly<0>(values);
-  if (n > 2) butterfly<1>(values);
-  if (n > 4) butterfly<2>(values);
-  if constexpr (kValues == 16) butterfly<3>(values);
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) values[i] = to_float(units[i / kUnit], i % kUnit);
+
+  butterflies<0, kLog2Unit<T>>(values, kUnits > 1 ? kValues : n);
   for (int mask = 1; mask < lanes; mask *= 2) {
     const float sign = lane & mask ? -1.0f : 1.0f;
 #pragma unroll
@@ -65,10 +91,16 @@ __global__ void __launch_bounds__(kHadamardWarpThreads)
       values[i] = fmaf(sign, values[i], __shfl_xor_sync(kAllLanes, values[i], mask));
     }
   }
+  butterflies<kLog2Unit<T>, kLog2Unit<T> + kLog2Units>(values, kValues);
   if (!any) return;
+  T* out_row = out.row<T>(row);
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) values[i] *= scale;
-  store_from_float(out.row<T>(row) + begin, values, valid, aligned);
+  for (int i = 0; i < kUnits; ++i) {
+    float scaled[kUnit];
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j) scaled[j] = values[i * kUnit + j] * scale;
+    store<kWhole>(out_row + begin(i), pack_from_float<T>(scaled), n - begin(i));
+  }
 }
 
 inline constexpr int kCtaValues = 32;
@@ -87,10 +119,9 @@ __device__ __forceinline__ int pair_index(int thread, int group, int shift) {
   return low << 1 | group << shift | thread >> (shift - 1) << (shift + 4);
 }
 
-template <typename T, int kParts>
+template <typename T, int kParts, bool kWhole>
 __global__ void __launch_bounds__(kMaxHadamardCtaThreads)
-    portable_hadamard_cta_kernel(TensorRows x, TensorRows out, int log2_part, float scale,
-                                 bool aligned) {
+    portable_hadamard_cta_kernel(TensorRows x, TensorRows out, int log2_part, float scale) {
   constexpr int kShiftA = 6;
   constexpr int kPairs = kCtaValues / 2;
   extern __shared__ __align__(sizeof(float2)) float shared[];
@@ -105,10 +136,10 @@ __global__ void __launch_bounds__(kMaxHadamardCtaThreads)
     Pack<T, 2> pairs[kPairs];
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      pairs[i] = load<T, 2>(x_row + part * part_size + pair_index(thread, i, kShiftA), 2, aligned);
+      pairs[i] = load<kWhole, T, 2>(x_row + part * part_size + pair_index(thread, i, kShiftA), 2);
     }
 #pragma unroll
-    for (int i = 0; i < kCtaValues; ++i) values[part][i] = to_float(pairs[i / 2].values[i % 2]);
+    for (int i = 0; i < kCtaValues; ++i) values[part][i] = to_float(pairs[i / 2], i % 2);
   }
   if constexpr (kParts == 2) {
 #pragma unroll
@@ -164,8 +195,8 @@ __global__ void __launch_bounds__(kMaxHadamardCtaThreads)
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const float pair[2] = {v[2 * i] * scale, v[2 * i + 1] * scale};
-      store_from_float(out_row + part * part_size + pair_index(thread, i, shift_c), pair, 2,
-                       aligned);
+      store<kWhole>(out_row + part * part_size + pair_index(thread, i, shift_c),
+                    pack_from_float<T>(pair), 2);
     }
   }
 }

@@ -15,15 +15,27 @@ bool both_aligned(const HadamardParams& params, std::int64_t element_bytes, std:
          rows_aligned(params.out, element_bytes, bytes);
 }
 
-template <typename T, int kValues>
+int log2_of(std::int64_t power) {
+  int log2 = 0;
+  while (std::int64_t{1} << log2 < power) ++log2;
+  return log2;
+}
+
+// 2^log2_units units a lane.
+template <typename T, int kLog2Units>
 Status launch_warp(const HadamardParams& params, float scale) {
   const TensorRows x(params.x), out(params.out);
-  const std::int64_t lanes = std::max<std::int64_t>(x.width() / kValues, 1);
-  const std::int64_t ctas = ceil_div<std::int64_t>(x.count(), kHadamardWarpThreads / lanes);
+  constexpr int kLog2Values = kLog2Unit<T> + kLog2Units;
+  const int log2_lanes = std::max(log2_of(x.width()) - kLog2Values, 0);
+  const std::int64_t ctas = ceil_div<std::int64_t>(x.count(), kHadamardWarpThreads >> log2_lanes);
   if (ctas > kMaxGridX) return Status::internal("portable_hadamard_warp_kernel: too many rows");
-  return launch<portable_hadamard_warp_kernel<T, kValues>>(
-      "portable_hadamard_warp_kernel", params.launch, dim3(static_cast<unsigned>(ctas)),
-      kHadamardWarpThreads, 0, x, out, scale, both_aligned(params, sizeof(T), kVectorBytes));
+  const bool whole =
+      x.width() >= std::int64_t{1} << kLog2Values && both_aligned(params, sizeof(T), kVectorBytes);
+  return with_flag(whole, [&](auto flag) {
+    return launch<portable_hadamard_warp_kernel<T, kLog2Units, decltype(flag)::value>>(
+        "portable_hadamard_warp_kernel", params.launch, dim3(static_cast<unsigned>(ctas)),
+        kHadamardWarpThreads, 0, x, out, log2_lanes, scale);
+  });
 }
 
 template <typename T, int kParts>
@@ -31,12 +43,12 @@ Status launch_cta(const HadamardParams& params, float scale) {
   const TensorRows x(params.x), out(params.out);
   if (x.count() > kMaxGridX) return Status::internal("portable_hadamard_cta_kernel: too many rows");
   const std::int64_t part = x.width() / kParts;
-  int log2_part = 0;
-  while (std::int64_t{1} << log2_part < part) ++log2_part;
-  return launch<portable_hadamard_cta_kernel<T, kParts>>(
-      "portable_hadamard_cta_kernel", params.launch, dim3(static_cast<unsigned>(x.count())),
-      static_cast<int>(part / kCtaValues), hadamard_shared_bytes(part), x, out, log2_part, scale,
-      both_aligned(params, sizeof(T), 2 * sizeof(T)));
+  return with_flag(both_aligned(params, sizeof(T), 2 * sizeof(T)), [&](auto flag) {
+    return launch<portable_hadamard_cta_kernel<T, kParts, decltype(flag)::value>>(
+        "portable_hadamard_cta_kernel", params.launch, dim3(static_cast<unsigned>(x.count())),
+        static_cast<int>(part / kCtaValues), hadamard_shared_bytes(part), x, out, log2_of(part),
+        scale);
+  });
 }
 
 }  // namespace
@@ -46,8 +58,10 @@ Status hadamard_transform(const HadamardParams& params) {
   const auto scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(n)));
   return with_value_type(params.x.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (n <= 256) return launch_warp<T, 8>(params, scale);
-    if (n <= 512) return launch_warp<T, 16>(params, scale);
+    if (n < 1 << kLog2WarpValues) return launch_warp<T, 0>(params, scale);
+    if (n <= kWarpSize << kLog2WarpValues) {
+      return launch_warp<T, kLog2WarpValues - kLog2Unit<T>>(params, scale);
+    }
     return n <= kMaxPart ? launch_cta<T, 1>(params, scale) : launch_cta<T, 2>(params, scale);
   });
 }

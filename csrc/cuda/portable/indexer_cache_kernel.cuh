@@ -2,11 +2,13 @@
 // indexer_k_quant_and_cache and gather_indexer_k_cache.
 //
 // Write: a token's key is one group of up to 128 values, in the registers of a team of 8 lanes, 16
-// values each; a cta takes 32 tokens. No shared memory, no barriers.
+// values each; a team takes kTokensPerTeam tokens, whose loads are in flight together. No shared
+// memory, no barriers.
 //
 // Gather: a cta takes kGatherRows rows. Their places are found once for the cta (shared memory:
 // the places and a request a row; the barriers are find_places'); a thread each then moves the
-// scales, and teams of 8 lanes the codes, 16 bytes a lane and kRowsInFlight rows at a time.
+// scales, and teams of 8 lanes the codes, 16 bytes a lane and all rows of a team in flight
+// together.
 #pragma once
 
 #include <cstdint>
@@ -24,9 +26,11 @@ inline constexpr int kIndexerTeam = 8;
 inline constexpr int kIndexerTeams = kIndexerThreads / kIndexerTeam;
 inline constexpr int kMaxWrittenHeadDim = kIndexerTeam * kLaneValues;  // one scale a token
 inline constexpr int kRowsPerTeam = 4;
-inline constexpr int kRowsInFlight = 2;
 inline constexpr int kGatherRows = kIndexerTeams * kRowsPerTeam;
-static_assert(kRowsPerTeam % kRowsInFlight == 0);
+
+// Two at once where they fit into the registers of a thread.
+template <typename T>
+inline constexpr int kTokensPerTeam = sizeof(T) == 2 ? 2 : 1;
 
 // Where the codes and the scale of a token of a page stand.
 struct IndexerPages {
@@ -54,34 +58,44 @@ struct IndexerWrite {
   std::int64_t num_slots;
   TensorView slot_mapping;  // [T]
   bool ue8m0;
-  bool k_aligned;
-  bool codes_aligned;
 };
 
-template <typename T>
+template <typename T, bool kWhole>
 __global__ void __launch_bounds__(kIndexerThreads)
     portable_indexer_cache_write_kernel(IndexerWrite write) {
+  constexpr int kTokens = kTokensPerTeam<T>;
   const int lane = static_cast<int>(threadIdx.x) % kIndexerTeam;
-  const std::int64_t token =
-      std::int64_t{blockIdx.x} * kIndexerTeams + static_cast<int>(threadIdx.x) / kIndexerTeam;
   const int begin = lane * kLaneValues;
+  const std::int64_t first = std::int64_t{blockIdx.x} * (kTokens * kIndexerTeams) +
+                             static_cast<int>(threadIdx.x) / kIndexerTeam;
+  const std::int64_t valid = write.pages.layout.head_dim - begin;
   // Teams past the last token go on with nothing, since the warp's shuffles need all lanes.
-  const bool any = token < write.k.size(0);
-  const std::int64_t slot =
-      any ? read_slot(write.slot_mapping, token, write.num_slots) : kInvalidSlot;
-  const std::int64_t valid = any ? write.pages.layout.head_dim - begin : 0;
+  const auto any = [&](int i) { return first + i * kIndexerTeams < write.k.size(0); };
 
-  float values[kLaneValues];
-  const T* key = write.k.ptr<const T>() + (any ? token * write.k.stride(0) : 0);
-  load_as_float(key + begin, valid, write.k_aligned, values);
-  float scale = group_scale_of_team<kIndexerTeam>(values);
-  if (write.ue8m0) scale = ue8m0_decode(ue8m0_encode(scale));
-  const Pack<std::uint8_t, kLaneValues> codes = quantise(values, scale);
-  if (slot < 0) return;
-  const std::int64_t page = write.page_size.quotient(slot);
-  const CachePlace place{page, slot - page * write.page_size.divisor()};
-  store(write.pages.values(place) + begin, codes, valid, write.codes_aligned);
-  if (lane == 0) store_unaligned(write.pages.scale(place), scale);
+  Pack<T, kLaneValues> values[kTokens];
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) {
+    const std::int64_t token = any(i) ? first + i * kIndexerTeams : 0;
+    values[i] = load<kWhole, T, kLaneValues>(
+        write.k.ptr<const T>() + token * write.k.stride(0) + begin, any(i) ? valid : 0);
+  }
+  std::int64_t slots[kTokens];  // after the keys, so that those do not wait for them
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) {
+    slots[i] = any(i) ? read_slot(write.slot_mapping, first + i * kIndexerTeams, write.num_slots)
+                      : kInvalidSlot;
+  }
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) {
+    float scale = group_scale_of_team<kIndexerTeam>(values[i]);
+    if (write.ue8m0) scale = ue8m0_decode(ue8m0_encode(scale));
+    const Pack<std::uint8_t, kLaneValues> codes = quantise(values[i], scale);
+    if (slots[i] < 0) continue;
+    const std::int64_t page = write.page_size.quotient(slots[i]);
+    const CachePlace place{page, slots[i] - page * write.page_size.divisor()};
+    store<kWhole>(write.pages.values(place) + begin, codes, valid);
+    if (lane == 0) store_unaligned(write.pages.scale(place), scale);
+  }
 }
 
 struct IndexerGather {
@@ -89,10 +103,10 @@ struct IndexerGather {
   RaggedRows rows;
   TensorView k;        // [num_tokens, D]
   TensorView k_scale;  // [num_tokens]
-  bool aligned;
 };
 
-__global__ void __launch_bounds__(kIndexerThreads, 4)
+template <bool kWhole>
+__global__ void __launch_bounds__(kIndexerThreads, 5)
     portable_indexer_cache_gather_kernel(IndexerGather gather) {
   __shared__ CachePlace places[kGatherRows];
   const std::int64_t first_row = std::int64_t{blockIdx.x} * kGatherRows;
@@ -100,34 +114,33 @@ __global__ void __launch_bounds__(kIndexerThreads, 4)
   find_places<kGatherRows, kIndexerThreads>(gather.rows, first_row, places);
 
   const int thread = static_cast<int>(threadIdx.x);
-  if (thread < kGatherRows && thread < num_rows) {
-    const CachePlace place = places[thread];
-    gather.k_scale.ptr<float>()[(first_row + thread) * gather.k_scale.stride(0)] =
-        place.page >= 0 ? load_unaligned(gather.pages.scale(place)) : 0.0f;
+  const bool moves_scale = thread < kGatherRows && thread < num_rows;
+  float scale = 0.0f;  // stored at the end: nothing waits for it
+  if (moves_scale && places[thread].page >= 0) {
+    scale = load_unaligned(gather.pages.scale(places[thread]));
   }
+
   const int team = thread / kIndexerTeam;
   for (std::int64_t begin = thread % kIndexerTeam * kVectorBytes; begin < gather.k.size(1);
        begin += kIndexerTeam * kVectorBytes) {
     const std::int64_t valid = gather.k.size(1) - begin;
-#pragma unroll 1
-    for (int first = team; first < kGatherRows; first += kRowsInFlight * kIndexerTeams) {
-      Pack<std::uint8_t, kVectorBytes> codes[kRowsInFlight];
+    Pack<std::uint8_t, kVectorBytes> codes[kRowsPerTeam];
 #pragma unroll
-      for (int i = 0; i < kRowsInFlight; ++i) {
-        const CachePlace place = places[first + i * kIndexerTeams];
-        const bool mapped = place.page >= 0;
-        const std::uint8_t* values = mapped ? gather.pages.values(place) : gather.pages.data;
-        codes[i] =
-            load<std::uint8_t, kVectorBytes>(values + begin, mapped ? valid : 0, gather.aligned);
-      }
-#pragma unroll
-      for (int i = 0; i < kRowsInFlight; ++i) {
-        const int row = first + i * kIndexerTeams;
-        if (row >= num_rows) continue;
-        std::uint8_t* key = gather.k.ptr<std::uint8_t>() + (first_row + row) * gather.k.stride(0);
-        store(key + begin, codes[i], valid, gather.aligned);
-      }
+    for (int i = 0; i < kRowsPerTeam; ++i) {
+      const CachePlace place = places[team + i * kIndexerTeams];
+      const bool mapped = place.page >= 0;
+      const std::uint8_t* values = mapped ? gather.pages.values(place) : gather.pages.data;
+      codes[i] = load<kWhole, std::uint8_t, kVectorBytes>(values + begin, mapped ? valid : 0);
     }
+#pragma unroll
+    for (int i = 0; i < kRowsPerTeam; ++i) {
+      const int row = team + i * kIndexerTeams;
+      std::uint8_t* key = gather.k.ptr<std::uint8_t>() + (first_row + row) * gather.k.stride(0);
+      store<kWhole>(key + begin, codes[i], row < num_rows ? valid : 0);
+    }
+  }
+  if (moves_scale) {
+    gather.k_scale.ptr<float>()[(first_row + thread) * gather.k_scale.stride(0)] = scale;
   }
 }
 

@@ -19,10 +19,11 @@ bool keys_aligned(const TensorView& kv_cache) {
 Status indexer_cache_write(const IndexerCacheWriteParams& params) {
   const TensorView& cache = params.kv_cache;
   static_assert(kMaxWrittenHeadDim == 128, "what validate lets through");
-  const std::int64_t ctas = ceil_div<std::int64_t>(params.k.size(0), kIndexerTeams);
-  if (ctas > kMaxGridX) return Status::internal("portable_indexer_cache_write_kernel: too many");
   return with_value_type(params.k.dtype, [&](auto zero) {
     using T = decltype(zero);
+    const std::int64_t ctas =
+        ceil_div<std::int64_t>(params.k.size(0), kIndexerTeams * kTokensPerTeam<T>);
+    if (ctas > kMaxGridX) return Status::internal("portable_indexer_cache_write_kernel: too many");
     const IndexerWrite write{
         params.k,
         IndexerPages(cache),
@@ -30,12 +31,13 @@ Status indexer_cache_write(const IndexerCacheWriteParams& params) {
         cache.size(0) * cache.size(1),
         params.slot_mapping,
         params.use_ue8m0,
-        rows_aligned(params.k, sizeof(T), kVectorBytes),
-        keys_aligned(cache),
     };
-    return launch<portable_indexer_cache_write_kernel<T>>(
-        "portable_indexer_cache_write_kernel", params.launch, dim3(static_cast<unsigned>(ctas)),
-        kIndexerThreads, 0, write);
+    const bool whole = keys_aligned(cache) && rows_aligned(params.k, sizeof(T), kVectorBytes);
+    return with_flag(whole, [&](auto flag) {
+      return launch<portable_indexer_cache_write_kernel<T, decltype(flag)::value>>(
+          "portable_indexer_cache_write_kernel", params.launch, dim3(static_cast<unsigned>(ctas)),
+          kIndexerThreads, 0, write);
+    });
   });
 }
 
@@ -47,11 +49,13 @@ Status indexer_cache_gather(const IndexerCacheGatherParams& params) {
       RaggedRows(params.cu_seqlens, params.block_table, params.kv_cache),
       params.k,
       params.k_scale,
-      keys_aligned(params.kv_cache) && rows_aligned(params.k, 1, kVectorBytes),
   };
-  return launch<portable_indexer_cache_gather_kernel>(
-      "portable_indexer_cache_gather_kernel", params.launch, dim3(static_cast<unsigned>(ctas)),
-      kIndexerThreads, 0, gather);
+  const bool whole = keys_aligned(params.kv_cache) && rows_aligned(params.k, 1, kVectorBytes);
+  return with_flag(whole, [&](auto flag) {
+    return launch<portable_indexer_cache_gather_kernel<decltype(flag)::value>>(
+        "portable_indexer_cache_gather_kernel", params.launch, dim3(static_cast<unsigned>(ctas)),
+        kIndexerThreads, 0, gather);
+  });
 }
 
 }  // namespace dsa::cuda

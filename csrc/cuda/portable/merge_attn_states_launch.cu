@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // merge_attn_states. A warp takes one (row, head): its lanes share the weights of up to 32 states,
-// then each sums vectors of 16 bytes over the states, kInFlight of them at a time. Sums over states
-// run in one order whatever the batch. No shared memory, no barriers.
+// then sum over the states in tiles of kStates states by kVectors vectors of 16 bytes a lane, all
+// of a tile in flight together. The first tile is loaded before the weights are known. Sums over
+// states run in one order whatever the batch. No shared memory, no barriers.
 #include <cstdint>
 
 #include "cuda/common/fast_divisor.h"
@@ -14,7 +15,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kInFlight = 2;
+constexpr int kStates = 2;
+constexpr int kVectors = 2;
 
 struct MergeAttnStates {
   TensorView outs;  // [n, s, h, d]
@@ -22,7 +24,6 @@ struct MergeAttnStates {
   TensorView out;   // [s, h, d]
   TensorView lse;   // [s, h]
   FastDivisor num_heads;
-  bool aligned;
 };
 
 __device__ __forceinline__ float warp_max(float x) {
@@ -55,10 +56,32 @@ __device__ __forceinline__ float weight(float lse, float max) {
   return isinf(lse) ? 0.0f : expf(lse - max);
 }
 
-template <typename T>
+// States `first` on, of which bit i of `read` allows the i-th, at values `begin` of a lane.
+template <typename T, bool kWhole>
+struct StateTile {
+  static constexpr int kValues = kVectorBytes / static_cast<int>(sizeof(T));
+  static constexpr int kStep = kWarpSize * kValues;  // from one vector of a lane to the next
+  Pack<T, kValues> vectors[kStates][kVectors];
+
+  __device__ __forceinline__ StateTile(const T* outs, std::int64_t stride, std::int64_t d,
+                                       std::int64_t first, std::int64_t begin, unsigned read) {
+#pragma unroll
+    for (int i = 0; i < kStates; ++i) {
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j) {
+        const std::int64_t at = begin + j * kStep;
+        vectors[i][j] =
+            load<kWhole, T, kValues>(outs + (first + i) * stride + at, read >> i & 1u ? d - at : 0);
+      }
+    }
+  }
+};
+
+template <typename T, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 4)
     portable_merge_attn_states_kernel(MergeAttnStates merge) {
-  constexpr int kValues = kVectorBytes / static_cast<int>(sizeof(T));
+  using Tile = StateTile<T, kWhole>;
+  constexpr int kValues = Tile::kValues;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const std::int64_t item =
       std::int64_t{blockIdx.x} * kWarps + static_cast<int>(threadIdx.x) / kWarpSize;
@@ -67,6 +90,13 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (row >= merge.out.size(0)) return;  // the whole warp
 
   const std::int64_t num_states = merge.outs.size(0);
+  const std::int64_t d = merge.out.size(2);
+  const std::int64_t state_stride = merge.outs.stride(0);
+  const T* outs =
+      merge.outs.ptr<const T>() + row * merge.outs.stride(1) + head * merge.outs.stride(2);
+  const auto all_states = num_states >= kStates ? (1u << kStates) - 1 : (1u << num_states) - 1;
+  Tile tile(outs, state_stride, d, 0, lane * kValues, all_states);
+
   const StateLses lses{
       merge.lses.ptr<const float>() + row * merge.lses.stride(1) + head * merge.lses.stride(2),
       merge.lses.stride(0), num_states};
@@ -85,39 +115,40 @@ __global__ void __launch_bounds__(kThreads, 4)
         sum == 0.0f ? INFINITY : max + logf(sum);
   }
 
-  const std::int64_t d = merge.out.size(2);
-  const T* outs =
-      merge.outs.ptr<const T>() + row * merge.outs.stride(1) + head * merge.outs.stride(2);
   T* out = merge.out.ptr<T>() + row * merge.out.stride(0) + head * merge.out.stride(1);
+  bool loaded = true;  // the next tile, by the load above
   // Whole warps, since the weights are shuffled; lanes past the row's end load and store nothing.
-  for (std::int64_t begin_of_warp = 0; begin_of_warp < d; begin_of_warp += kWarpSize * kValues) {
+  for (std::int64_t begin_of_warp = 0; begin_of_warp < d; begin_of_warp += kVectors * Tile::kStep) {
     const std::int64_t begin = begin_of_warp + lane * kValues;
-    float merged[kValues] = {};
+    float merged[kVectors][kValues] = {};
     for (std::int64_t first = 0; first < num_states; first += kWarpSize) {
       const float lse = lses(first + lane);
       const unsigned used = __ballot_sync(kAllLanes, !isinf(lse));
       const float share = isinf(lse) ? 0.0f : weight(lse, max) / sum;
       // Up to the last state that is used.
-      for (int state = 0; state < kWarpSize && used >> state != 0; state += kInFlight) {
-        Pack<T, kValues> parts[kInFlight];
+      for (int state = 0; state < kWarpSize && used >> state != 0; state += kStates) {
+        if (!loaded) tile = Tile(outs, state_stride, d, first + state, begin, used >> state);
+        loaded = false;
 #pragma unroll
-        for (int i = 0; i < kInFlight; ++i) {
-          const bool read = used >> (state + i) & 1u;  // what is not used may be NaN
-          parts[i] = load<T, kValues>(outs + (first + state + i) * merge.outs.stride(0) + begin,
-                                      read ? d - begin : 0, merge.aligned);
-        }
-#pragma unroll
-        for (int i = 0; i < kInFlight; ++i) {
+        for (int i = 0; i < kStates; ++i) {
           const float part_share = __shfl_sync(kAllLanes, share, state + i);
-          if ((used >> (state + i) & 1u) == 0) continue;
+          if ((used >> (state + i) & 1u) == 0) continue;  // may be NaN
 #pragma unroll
-          for (int j = 0; j < kValues; ++j) {
-            merged[j] = fmaf(part_share, to_float(parts[i].values[j]), merged[j]);
+          for (int j = 0; j < kVectors; ++j) {
+#pragma unroll
+            for (int k = 0; k < kValues; ++k) {
+              merged[j][k] = fmaf(part_share, to_float(tile.vectors[i][j], k), merged[j][k]);
+            }
           }
         }
       }
+      loaded = false;
     }
-    store_from_float(out + begin, merged, d - begin, merge.aligned);
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) {
+      const std::int64_t at = begin + j * Tile::kStep;
+      store<kWhole>(out + at, pack_from_float<T>(merged[j]), d - at);
+    }
   }
 }
 
@@ -130,17 +161,16 @@ Status merge_attn_states(const MergeAttnStatesParams& params) {
   return with_value_type(params.outs.dtype, [&](auto zero) {
     using T = decltype(zero);
     const MergeAttnStates merge{
-        params.outs,
-        params.lses,
-        params.out,
-        params.lse,
-        FastDivisor(params.out.size(1)),
-        rows_aligned(params.outs, sizeof(T), kVectorBytes) &&
-            rows_aligned(params.out, sizeof(T), kVectorBytes),
+        params.outs, params.lses, params.out, params.lse, FastDivisor(params.out.size(1)),
     };
-    return launch<portable_merge_attn_states_kernel<T>>(
-        "portable_merge_attn_states_kernel", params.launch, dim3(static_cast<unsigned>(ctas)),
-        kThreads, 0, merge);
+    const bool whole = params.out.size(2) * sizeof(T) % kVectorBytes == 0 &&
+                       rows_aligned(params.outs, sizeof(T), kVectorBytes) &&
+                       rows_aligned(params.out, sizeof(T), kVectorBytes);
+    return with_flag(whole, [&](auto flag) {
+      return launch<portable_merge_attn_states_kernel<T, decltype(flag)::value>>(
+          "portable_merge_attn_states_kernel", params.launch, dim3(static_cast<unsigned>(ctas)),
+          kThreads, 0, merge);
+    });
   });
 }
 

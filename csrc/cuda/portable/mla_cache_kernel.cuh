@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // mla_kv_quant_and_cache and gather_mla_kv_cache, for the two FP8 formats and for 16-bit caches.
 //
-// A warp takes a token. Write: 16 values of the latent a lane, of which 8 (V3.2) or 4 lanes (V4)
-// make a group under one scale; the first 8 lanes also move RoPE, 8 values each. No shared memory,
-// no barriers. Gather: a cta takes kGatherRows rows, kRowsPerWarp a warp, once their places are
-// found (shared memory: the places and a request a row; the barriers are find_places'); 8 values a
-// lane, so that a warp's stores are whole lines.
+// A team of 8 lanes takes a token, a cta kMlaTokens of them. All of a lane's loads of a token are
+// in flight together (FP8 formats) or kCopyInFlight of them (16-bit caches).
+//
+// Write: 128 values of the latent at once, 16 a lane; 8 (V3.2) or 4 lanes (V4) make a group under
+// one scale. Then RoPE, 8 values a lane. No shared memory, no barriers. Gather: once the cta's
+// places are found (shared memory: the places and a request a row; the barriers are find_places'),
+// 64 values of the latent at once, 8 a lane, so that every store is a whole line.
 #pragma once
 
 #include <cstdint>
@@ -20,11 +22,14 @@
 namespace dsa::cuda {
 
 inline constexpr int kMlaThreads = 256;
-inline constexpr int kMlaWarps = kMlaThreads / kWarpSize;
-inline constexpr int kGatherCtasPerSm = 4;  // a gather waits three times in a row: many at once
-inline constexpr int kRowsPerWarp = 4;
-inline constexpr int kMlaGatherRows = kMlaWarps * kRowsPerWarp;
+inline constexpr int kMlaTeam = 8;
+inline constexpr int kMlaTokens = kMlaThreads / kMlaTeam;
+inline constexpr int kGatherCtasPerSm = 4;      // a gather waits twice in a row: many at once
 inline constexpr int kUnit = kVectorBytes / 2;  // 16-bit values of a vector
+inline constexpr int kCopyInFlight = 3;         // 9 vectors a lane, 576 values, in three goes
+
+__device__ __forceinline__ int mla_lane() { return static_cast<int>(threadIdx.x) % kMlaTeam; }
+__device__ __forceinline__ int mla_team() { return static_cast<int>(threadIdx.x) / kMlaTeam; }
 
 // What sets the two FP8 formats apart: where bytes stand, and how a group's scale is stored.
 struct MlaV32Format {
@@ -36,8 +41,9 @@ struct MlaV32Format {
   __device__ static void store_scale(std::uint8_t* scales, int group, float scale) {
     store_unaligned(scales + group * sizeof(float), scale);
   }
-  __device__ static float load_scale(const std::uint8_t* scales, int group) {
-    return load_unaligned(scales + group * sizeof(float));
+  static constexpr int kScaleBytes = static_cast<int>(Layout::kNumScales * sizeof(float));
+  __device__ static float scale_of(const Pack<std::uint8_t, kScaleBytes>& scales, int group) {
+    return __uint_as_float(scales.words[group]);
   }
 };
 
@@ -50,8 +56,9 @@ struct MlaV4Format {
   __device__ static void store_scale(std::uint8_t* scales, int group, float scale) {
     scales[group] = group < Layout::kNumScales ? ue8m0_encode(scale) : std::uint8_t{0};
   }
-  __device__ static float load_scale(const std::uint8_t* scales, int group) {
-    return ue8m0_decode(scales[group]);
+  static constexpr int kScaleBytes = static_cast<int>(Layout::kScaleBytes);
+  __device__ static float scale_of(const Pack<std::uint8_t, kScaleBytes>& scales, int group) {
+    return ue8m0_decode(static_cast<std::uint8_t>(scales.words[group / 4] >> group % 4 * 8));
   }
 };
 
@@ -61,9 +68,6 @@ struct MlaWrite {
   TensorView kv_cache;      // [pages, page_size, 1, ..]
   TensorView slot_mapping;  // [T]
   FastDivisor page_size;
-  bool kv_c_aligned;
-  bool k_pe_aligned;
-  bool cache_aligned;
 
   __device__ CachePlace place(std::int64_t token) const {
     const std::int64_t slot = read_slot(slot_mapping, token, kv_cache.size(0) * kv_cache.size(1));
@@ -77,8 +81,6 @@ struct MlaGather {
   TensorView kv_cache;
   RaggedRows rows;
   TensorView out;  // [num_tokens, d]
-  bool cache_aligned;
-  bool out_aligned;
 };
 
 __device__ __forceinline__ std::uint8_t* page_bytes(const TensorView& cache, std::int64_t page) {
@@ -89,169 +91,163 @@ __device__ __forceinline__ std::uint16_t* row_of_16_bits(const TensorView& cache
   return cache.ptr<std::uint16_t>() + place.page * cache.stride(0) + place.token * cache.stride(1);
 }
 
-// A warp copies n 16-bit values, several vectors a lane in flight.
-__device__ __forceinline__ void copy_by_warp(const std::uint16_t* src, std::uint16_t* dst,
-                                             std::int64_t n, bool aligned) {
-  constexpr int kInFlight = 3;  // 72 vectors, 576 values, in one go
-  constexpr int kStep = kWarpSize * kUnit;
-  const std::int64_t lane = threadIdx.x % kWarpSize;
-  for (std::int64_t begin = lane * kUnit; begin < n; begin += kInFlight * kStep) {
-    Pack<std::uint16_t, kUnit> units[kInFlight];
+// A team copies n 16-bit values, or stores zeros where src is null.
+template <bool kWhole>
+__device__ __forceinline__ void copy_by_team(const std::uint16_t* src, std::uint16_t* dst,
+                                             std::int64_t n) {
+  constexpr int kStep = kMlaTeam * kUnit;
+  for (std::int64_t begin = mla_lane() * kUnit; begin < n; begin += kCopyInFlight * kStep) {
+    Pack<std::uint16_t, kUnit> units[kCopyInFlight];
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
+    for (int i = 0; i < kCopyInFlight; ++i) {
       const std::int64_t at = begin + i * kStep;
-      units[i] = load<std::uint16_t, kUnit>(src + at, n - at, aligned);
+      units[i] = load<kWhole, std::uint16_t, kUnit>(src + at, src != nullptr ? n - at : 0);
     }
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
+    for (int i = 0; i < kCopyInFlight; ++i) {
       const std::int64_t at = begin + i * kStep;
-      store(dst + at, units[i], n - at, aligned);
+      store<kWhole>(dst + at, units[i], n - at);
     }
   }
 }
 
-__device__ __forceinline__ void zero_by_warp(std::uint16_t* dst, std::int64_t n, bool aligned) {
-  const std::int64_t lane = threadIdx.x % kWarpSize;
-  for (std::int64_t begin = lane * kUnit; begin < n; begin += kWarpSize * kUnit) {
-    store(dst + begin, Pack<std::uint16_t, kUnit>{}, n - begin, aligned);
-  }
-}
-
-template <typename T, typename Format>
-__global__ void __launch_bounds__(kMlaThreads)
+template <typename T, typename Format, bool kWhole>
+__global__ void __launch_bounds__(kMlaThreads, 4)
     portable_mla_cache_write_kernel(MlaWrite write, typename Format::Layout layout) {
   using Layout = typename Format::Layout;
-  constexpr int kTeam = static_cast<int>(Layout::kGroup) / kLaneValues;
-  constexpr int kRopeLanes = static_cast<int>(Layout::kDimRope) / kUnit;
-  static_assert(Layout::kDimNope <= kWarpSize * kLaneValues && kRopeLanes <= kWarpSize);
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const std::int64_t token =
-      std::int64_t{blockIdx.x} * kMlaWarps + static_cast<int>(threadIdx.x) / kWarpSize;
-  if (token >= write.kv_c.size(0)) return;  // the whole warp
-  const CachePlace place = write.place(token);
+  constexpr int kDimNope = static_cast<int>(Layout::kDimNope);
+  constexpr int kChunk = kMlaTeam * kLaneValues;
+  constexpr int kChunks = (kDimNope + kChunk - 1) / kChunk;
+  constexpr int kGroupLanes = static_cast<int>(Layout::kGroup) / kLaneValues;
+  constexpr int kGroupsPerChunk = kMlaTeam / kGroupLanes;
+  static_assert(Layout::kDimRope == kMlaTeam * kUnit && kChunks <= kGroupLanes);
+  const int lane = mla_lane();
+  const std::int64_t token = std::int64_t{blockIdx.x} * kMlaTokens + mla_team();
+  // Teams past the last token go on with nothing, since the warp's shuffles need all lanes.
+  const bool any = token < write.kv_c.size(0);
+  const auto valid = [&](int chunk) { return kDimNope - chunk * kChunk - lane * kLaneValues; };
 
-  const int begin = lane * kLaneValues;
-  const int valid = static_cast<int>(Layout::kDimNope) - begin;
-  const int rope_valid = lane < kRopeLanes ? kUnit : 0;
-  float values[kLaneValues], rope[kUnit];
-  load_as_float(write.kv_c.ptr<const T>() + token * write.kv_c.stride(0) + begin, valid,
-                write.kv_c_aligned, values);
-  load_as_float(write.k_pe.ptr<const T>() + token * write.k_pe.stride(0) + lane * kUnit, rope_valid,
-                write.k_pe_aligned, rope);
+  const std::int64_t row = any ? token : 0;
+  const T* kv_c = write.kv_c.ptr<const T>() + row * write.kv_c.stride(0) + lane * kLaneValues;
+  Pack<T, kLaneValues> values[kChunks];
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) {
+    values[i] = load<kWhole, T, kLaneValues>(kv_c + i * kChunk, any ? valid(i) : 0);
+  }
+  const auto rope = load<kWhole, T, kUnit>(
+      write.k_pe.ptr<const T>() + row * write.k_pe.stride(0) + lane * kUnit, any ? kUnit : 0);
+  // After the values, so that those do not wait for the slot.
+  const CachePlace place = any ? write.place(token) : CachePlace{-1, 0};
+  const bool mapped = place.page >= 0;
+  std::uint8_t* page = page_bytes(write.kv_cache, mapped ? place.page : 0);
 
-  // Only here, so that the loads above do not wait for the slot. The whole warp, too.
-  if (place.page < 0) return;
-  const float scale = group_scale_of_team<kTeam>(values);
-  std::uint8_t* page = page_bytes(write.kv_cache, place.page);
-  store(page + layout.values(place.token) + begin, quantise(values, Format::stored_scale(scale)),
-        valid, write.cache_aligned);
-  if (lane % kTeam == 0) {
-    Format::store_scale(page + layout.scales(place.token), lane / kTeam, scale);
+  // Lane i of a group keeps the scale of its group in chunk i: one store for all scales.
+  float kept_scale = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) {
+    const float scale = group_scale_of_team<kGroupLanes>(values[i]);
+    if (lane % kGroupLanes == i) kept_scale = scale;
+    const auto codes = quantise(values[i], Format::stored_scale(scale));
+    store<kWhole>(page + layout.values(place.token) + i * kChunk + lane * kLaneValues, codes,
+                  mapped ? valid(i) : 0);
+  }
+  if (!mapped) return;
+  if (lane % kGroupLanes < kChunks) {
+    const int group = lane % kGroupLanes * kGroupsPerChunk + lane / kGroupLanes;
+    Format::store_scale(page + layout.scales(place.token), group, kept_scale);
   }
   // RoPE is stored as bf16 whatever the type of k_pe.
   Pack<std::uint8_t, kVectorBytes> rope_bytes;
 #pragma unroll
   for (int i = 0; i < kUnit; i += 2) {
-    reinterpret_cast<std::uint32_t*>(rope_bytes.values)[i / 2] =
-        bf16_from_float(rope[i]) | static_cast<std::uint32_t>(bf16_from_float(rope[i + 1])) << 16;
+    rope_bytes.words[i / 2] = bf16_from_float(to_float(rope, i)) |
+                              static_cast<std::uint32_t>(bf16_from_float(to_float(rope, i + 1)))
+                                  << 16;
   }
-  store(page + layout.rope(place.token) + lane * kVectorBytes, rope_bytes,
-        rope_valid > 0 ? kVectorBytes : 0, write.cache_aligned);
+  store<kWhole>(page + layout.rope(place.token) + lane * kVectorBytes, rope_bytes, kVectorBytes);
 }
 
+template <bool kWhole>
 __global__ void __launch_bounds__(kMlaThreads)
     portable_mla_cache_write_16bit_kernel(MlaWrite write) {
-  const std::int64_t token =
-      std::int64_t{blockIdx.x} * kMlaWarps + static_cast<int>(threadIdx.x) / kWarpSize;
+  const std::int64_t token = std::int64_t{blockIdx.x} * kMlaTokens + mla_team();
   if (token >= write.kv_c.size(0)) return;
   const CachePlace place = write.place(token);
   if (place.page < 0) return;
   const std::int64_t d_nope = write.kv_c.size(1);
   std::uint16_t* latent = row_of_16_bits(write.kv_cache, place);
-  copy_by_warp(write.kv_c.ptr<const std::uint16_t>() + token * write.kv_c.stride(0), latent, d_nope,
-               write.kv_c_aligned && write.cache_aligned);
-  copy_by_warp(write.k_pe.ptr<const std::uint16_t>() + token * write.k_pe.stride(0),
-               latent + d_nope, write.k_pe.size(1),
-               write.k_pe_aligned && write.cache_aligned && d_nope % kUnit == 0);
+  copy_by_team<kWhole>(write.kv_c.ptr<const std::uint16_t>() + token * write.kv_c.stride(0), latent,
+                       d_nope);
+  copy_by_team<kWhole>(write.k_pe.ptr<const std::uint16_t>() + token * write.k_pe.stride(0),
+                       latent + d_nope, write.k_pe.size(1));
 }
 
-// One token, dequantised to bf16 by a warp.
-template <typename Format>
-__device__ __forceinline__ void read_fp8_token(const MlaGather& gather,
+// One token, dequantised to bf16 by a team; zeros where there is none.
+template <typename Format, bool kWhole>
+__device__ __forceinline__ void read_fp8_token(const TensorView& kv_cache,
                                                const typename Format::Layout& layout,
                                                const CachePlace& place, __nv_bfloat16* out) {
   using Layout = typename Format::Layout;
   constexpr int kDimNope = static_cast<int>(Layout::kDimNope);
-  constexpr int kSteps = (kDimNope + kWarpSize * kUnit - 1) / (kWarpSize * kUnit);
-  constexpr int kRopeLanes = static_cast<int>(Layout::kDimRope) / kUnit;
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const std::uint8_t* page = page_bytes(gather.kv_cache, place.page);
-  const std::uint8_t* values = page + layout.values(place.token);
-  const std::uint8_t* scales = page + layout.scales(place.token);
+  constexpr int kChunk = kMlaTeam * kUnit;
+  constexpr int kChunks = kDimNope / kChunk;
+  static_assert(kDimNope % kChunk == 0 && Layout::kGroup % kChunk == 0);
+  static_assert(Layout::kDimRope == kChunk);
+  const int lane = mla_lane();
+  const bool mapped = place.page >= 0;
+  const std::uint8_t* page = page_bytes(kv_cache, mapped ? place.page : 0);
+  const std::uint8_t* values = page + layout.values(place.token) + lane * kUnit;
 
-  Pack<std::uint8_t, kUnit> codes[kSteps];
-  float scale[kSteps];
+  const auto scales = load<kWhole, std::uint8_t, Format::kScaleBytes>(
+      page + layout.scales(place.token), mapped ? Format::kScaleBytes : 0);
+  Pack<std::uint8_t, kUnit> codes[kChunks];
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const int begin = (step * kWarpSize + lane) * kUnit;
-    codes[step] = load<std::uint8_t, kUnit>(values + begin, kDimNope - begin, gather.cache_aligned);
-    const int group = begin / static_cast<int>(Layout::kGroup);
-    scale[step] = begin < kDimNope ? Format::load_scale(scales, group) : 0.0f;
+  for (int i = 0; i < kChunks; ++i) {
+    codes[i] = load<kWhole, std::uint8_t, kUnit>(values + i * kChunk, mapped ? kUnit : 0);
   }
-  const auto rope =
-      load<std::uint8_t, kVectorBytes>(page + layout.rope(place.token) + lane * kVectorBytes,
-                                       lane < kRopeLanes ? kVectorBytes : 0, gather.cache_aligned);
+  const auto rope = load<kWhole, std::uint8_t, kVectorBytes>(
+      page + layout.rope(place.token) + lane * kVectorBytes, mapped ? kVectorBytes : 0);
 
+  out += lane * kUnit;
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const int begin = (step * kWarpSize + lane) * kUnit;
+  for (int i = 0; i < kChunks; ++i) {
+    const float scale = Format::scale_of(scales, i * kChunk / static_cast<int>(Layout::kGroup));
     float x[kUnit];
+    e4m3_decode4(codes[i].words[0], x);
+    e4m3_decode4(codes[i].words[1], x + 4);
 #pragma unroll
-    for (int i = 0; i < kUnit; i += 4) {
-      e4m3_decode4(reinterpret_cast<const std::uint32_t*>(codes[step].values)[i / 4], x + i);
-    }
-#pragma unroll
-    for (int i = 0; i < kUnit; ++i) x[i] *= scale[step];
-    store_from_float(out + begin, x, kDimNope - begin, gather.out_aligned);
+    for (int j = 0; j < kUnit; ++j) x[j] *= scale;
+    store<kWhole>(out + i * kChunk, pack_from_float<__nv_bfloat16>(x), kUnit);
   }
-  if (lane < kRopeLanes) {
-    Pack<__nv_bfloat16, kUnit> rope_values;
-    __builtin_memcpy(rope_values.values, rope.values, kVectorBytes);
-    store(out + kDimNope + lane * kUnit, rope_values, kUnit, gather.out_aligned);
-  }
+  store<kWhole>(reinterpret_cast<std::uint8_t*>(out + kDimNope), rope, kVectorBytes);
 }
 
-// read(place, out) of each row of the cta that has a place; zeros for the others.
+// read(place, out) of each row of the cta; page -1 where a row has no place.
 template <typename Read>
 __device__ __forceinline__ void gather_rows(const MlaGather& gather, Read&& read) {
-  __shared__ CachePlace places[kMlaGatherRows];
-  const std::int64_t first_row = std::int64_t{blockIdx.x} * kMlaGatherRows;
-  find_places<kMlaGatherRows, kMlaThreads>(gather.rows, first_row, places);
-  for (int i = 0; i < kRowsPerWarp; ++i) {
-    const int row = i * kMlaWarps + static_cast<int>(threadIdx.x) / kWarpSize;
-    if (first_row + row >= gather.out.size(0)) return;
-    std::uint16_t* out = gather.out.ptr<std::uint16_t>() + (first_row + row) * gather.out.stride(0);
-    if (places[row].page >= 0) {
-      read(places[row], out);
-    } else {
-      zero_by_warp(out, gather.out.size(1), gather.out_aligned);
-    }
-  }
+  __shared__ CachePlace places[kMlaTokens];
+  const std::int64_t first_row = std::int64_t{blockIdx.x} * kMlaTokens;
+  find_places<kMlaTokens, kMlaThreads>(gather.rows, first_row, places);
+  const std::int64_t row = first_row + mla_team();
+  if (row >= gather.out.size(0)) return;
+  read(places[mla_team()], gather.out.ptr<std::uint16_t>() + row * gather.out.stride(0));
 }
 
-template <typename Format>
+template <typename Format, bool kWhole>
 __global__ void __launch_bounds__(kMlaThreads, kGatherCtasPerSm)
     portable_mla_cache_gather_kernel(MlaGather gather, typename Format::Layout layout) {
   gather_rows(gather, [&](const CachePlace& place, std::uint16_t* out) {
-    read_fp8_token<Format>(gather, layout, place, reinterpret_cast<__nv_bfloat16*>(out));
+    read_fp8_token<Format, kWhole>(gather.kv_cache, layout, place,
+                                   reinterpret_cast<__nv_bfloat16*>(out));
   });
 }
 
+template <bool kWhole>
 __global__ void __launch_bounds__(kMlaThreads, kGatherCtasPerSm)
     portable_mla_cache_gather_16bit_kernel(MlaGather gather) {
   gather_rows(gather, [&](const CachePlace& place, std::uint16_t* out) {
-    copy_by_warp(row_of_16_bits(gather.kv_cache, place), out, gather.out.size(1),
-                 gather.cache_aligned && gather.out_aligned);
+    const std::uint16_t* row = place.page >= 0 ? row_of_16_bits(gather.kv_cache, place) : nullptr;
+    copy_by_team<kWhole>(row, out, gather.out.size(1));
   });
 }
 

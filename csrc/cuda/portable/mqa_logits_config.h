@@ -12,14 +12,12 @@ namespace dsa::cuda {
 struct MqaTile {
   static constexpr int kWarps = 8;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kKeys = 128;      // a tile of keys, in shared memory
-  static constexpr int kPairKeys = 16;   // keys of one step of a warp: two n-tiles of 8
   static constexpr int kWarpHeads = 64;  // head rows of a warp, in registers: four m-tiles of 16
   static constexpr int kMaxHeads = 2 * kWarpHeads;
-  static constexpr int kKeysPerThread = kKeys * 4 / kThreads;  // four threads load a key
-  static_assert(kKeysPerThread * kThreads == kKeys * 4);
-  // Each warp has work when all of them share one query.
-  static_assert(kKeys == kWarps * kPairKeys);
+  static constexpr int kBlockKeys = 32;  // keys of one step of a warp: four n-tiles of 8
+  static constexpr int kBlocks = 2;      // of a tile of keys that the warps of a CTA share
+  static constexpr int kKeys = kBlocks * kBlockKeys;
+  static_assert(kThreads == kKeys * 4, "four threads bring a key");
 };
 
 // Half-open range of keys, {0, 0} when empty. Keys are numbered below 2^31, so that a few tiles
@@ -79,7 +77,10 @@ struct FlatKeys {
     return {static_cast<std::uint32_t>(first), static_cast<std::uint32_t>(last)};
   }
 
-  DSA_HOST_DEVICE KeyAddress locate(std::int64_t, std::uint32_t key) const {
+  // A key is found in two steps, so that what the first one reads can be read ahead.
+  DSA_HOST_DEVICE std::int32_t look_up(std::int64_t, std::uint32_t) const { return 0; }
+
+  DSA_HOST_DEVICE KeyAddress locate(std::int32_t, std::uint32_t key) const {
     return {k + key * k_stride, scale + key * scale_stride};
   }
 };
@@ -109,17 +110,19 @@ struct PagedKeys {
     return {0, static_cast<std::uint32_t>(last)};
   }
 
-  DSA_HOST_DEVICE KeyAddress locate(std::int64_t request, std::uint32_t key) const {
-    const std::uint32_t index = page_size.divide(key);
-    const std::int64_t offset = key - index * layout.page_size;
-    const std::int64_t page = table[request * table_stride + index];
+  DSA_HOST_DEVICE std::int32_t look_up(std::int64_t request, std::uint32_t key) const {
+    return table[request * table_stride + page_size.divide(key)];
+  }
+
+  DSA_HOST_DEVICE KeyAddress locate(std::int32_t page, std::uint32_t key) const {
     if (page < 0 || page >= num_pages) return {};
+    const std::int64_t offset = key - page_size.divide(key) * layout.page_size;
     const std::uint8_t* base = cache + page * page_stride;
     return {base + layout.values(offset), base + layout.scale(offset)};
   }
 };
 
-// The arguments of the kernel. Rows of queries come in groups that share their keys.
+// The arguments of a kernel. Rows of queries come in groups that share their keys.
 template <typename Keys>
 struct MqaTask {
   Keys keys;
@@ -139,7 +142,8 @@ struct MqaTask {
   bool columns_are_relative;  // column c is key c of the row's window
   bool clean;                 // -inf outside the windows
   // Set for the launch.
-  std::int32_t warps_k_log2;  // warps that split the keys of a tile
+  std::int32_t warps_q_log2;  // warps that hold different queries
+  std::int32_t cta_rows;
   std::uint32_t ctas_per_group;
   std::uint32_t chunk_keys;  // keys, and columns to clean, of a CTA
 };

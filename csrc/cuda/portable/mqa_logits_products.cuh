@@ -11,9 +11,15 @@
 
 #include <cstdint>
 
+#include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/cvt_e4m3.cuh"
+#include "cuda/ptx/ldst.cuh"
 #include "cuda/ptx/mma.cuh"
 
 namespace dsa::cuda {
+
+// Whether e4m3 is widened by cvt where there is one (SM89), or always by shifts and masks.
+inline constexpr bool kConvertInHardware = true;
 
 // kBytes bytes as words, at an address that is a multiple of `kAlignment`.
 template <int kBytes, int kAlignment>
@@ -39,100 +45,128 @@ __device__ __forceinline__ void load_words(const std::uint8_t* from, std::uint32
   }
 }
 
-__device__ __forceinline__ float load_float(const std::uint8_t* from, int alignment) {
-  std::uint32_t word;
-  alignment >= 4 ? load_words<4, 4>(from, &word) : load_words<4, 1>(from, &word);
-  return __uint_as_float(word);
-}
-
-// The words of one row that a lane owns.
+// What a lane loads of a row at a time.
 template <int kHeadDim>
-struct LaneWords {
-  static constexpr int kUnitBytes = kHeadDim >= 64 ? 16 : 8;
-  static constexpr int kUnits = kHeadDim / 4 / kUnitBytes;
-  static constexpr int kWords = kHeadDim / 16;
+struct LaneUnit {
+  static constexpr int kBytes = kHeadDim >= 64 ? 16 : 8;
+  static constexpr int kWords = kBytes / 4;
+  static constexpr int kUnits = kHeadDim / 4 / kBytes;  // of a row
 
-  std::uint32_t word[kWords];
+  alignas(kBytes) std::uint32_t word[kWords];
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) word[i] = 0;
   }
 
-  __device__ __forceinline__ void load(const std::uint8_t* row, int t, int alignment) {
-    if (alignment >= kUnitBytes) {
-      load_units<kUnitBytes>(row, t);
+  __device__ __forceinline__ void load(const std::uint8_t* from, int alignment) {
+    if (alignment >= kBytes) {
+      load_words<kBytes, kBytes>(from, word);
     } else if (alignment >= 4) {
-      load_units<4>(row, t);
+      load_words<kBytes, 4>(from, word);
     } else {
-      load_units<1>(row, t);
-    }
-  }
-
- private:
-  template <int kAlignment>
-  __device__ __forceinline__ void load_units(const std::uint8_t* row, int t) {
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      load_words<kUnitBytes, kAlignment>(row + (u * 4 + t) * kUnitBytes, word + u * kUnitBytes / 4);
+      load_words<kBytes, 1>(from, word);
     }
   }
 };
 
+// Unit u of the row at `from` to to[u * kPitch], past the registers where the alignment allows.
+// With valid false nothing is read and zeros are written.
+template <int kHeadDim, int kPitch>
+__device__ __forceinline__ void copy_row(LaneUnit<kHeadDim>* to, const std::uint8_t* from, int t,
+                                         bool valid, int alignment) {
+  using Unit = LaneUnit<kHeadDim>;
+#pragma unroll
+  for (int u = 0; u < Unit::kUnits; ++u) {
+    const std::uint8_t* unit = from + (u * 4 + t) * Unit::kBytes;
+    const std::uint32_t address = ptx::shared_address(to + u * kPitch);
+    if (valid && Unit::kBytes == 16 && alignment >= 16) {
+      ptx::cp_async_16(address, unit);
+    } else if (valid && alignment >= 4) {
+#pragma unroll
+      for (int i = 0; i < Unit::kWords; ++i) ptx::cp_async_4(address + 4 * i, unit + 4 * i);
+    } else {
+      Unit words;
+      words.clear();
+      if (valid) words.load(unit, 1);
+      to[u * kPitch] = words;
+    }
+  }
+}
+
+__device__ __forceinline__ void copy_float(float* to, const std::uint8_t* from, bool valid,
+                                           int alignment) {
+  if (valid && alignment >= 4) {
+    ptx::cp_async_4(ptx::shared_address(to), from);
+  } else {
+    std::uint32_t word = 0;
+    if (valid) load_words<4, 1>(from, &word);
+    *to = __uint_as_float(word);
+  }
+}
+
 // e4m3 widened to f16 (SM80). The bits of a code, shifted to the exponent of f16, are its value *
 // 2^-8, subnormals too; the tensor cores multiply f16 subnormals exactly. NaN codes would become
-// numbers and are patched.
+// numbers: a unit with one gets a NaN, which is enough to make all products of its row NaN.
 template <int kHeadDim>
 struct WidenedProducts {
-  static constexpr int kWords = LaneWords<kHeadDim>::kWords;
-  static constexpr int kSteps = kWords;        // of 16 dimensions
-  static constexpr float kSumScale = 0x1p16f;  // takes both 2^-8 back
+  static constexpr int kUnitSteps = LaneUnit<kHeadDim>::kWords;  // of 16 dimensions
+#if __CUDA_ARCH__ >= 890
+  // SM89 has an instruction for it, which keeps values and NaNs.
+  static constexpr bool kConverts = kConvertInHardware;
+#else
+  static constexpr bool kConverts = false;
+#endif
+  static constexpr float kSumScale = kConverts ? 1.0f : 0x1p16f;  // takes both 2^-8 back
+  static constexpr bool kWidensInside = false;
 
-  // Bytes 0 and 2 of a word, then 1 and 3.
-  __device__ __forceinline__ static void fragments(const LaneWords<kHeadDim>& lane,
-                                                   std::uint32_t (&f)[kSteps][2]) {
+  // Bytes 0 and 2 of a word, then 1 and 3; converted, 0 and 1, then 2 and 3.
+  __device__ __forceinline__ static void fragments(const LaneUnit<kHeadDim>& unit,
+                                                   std::uint32_t (&f)[kUnitSteps][2]) {
+#if __CUDA_ARCH__ >= 890
+    if constexpr (kConverts) {
+#pragma unroll
+      for (int i = 0; i < kUnitSteps; ++i) {
+        f[i][0] = ptx::f16x2_from_e4m3x2(static_cast<std::uint16_t>(unit.word[i]));
+        f[i][1] = ptx::f16x2_from_e4m3x2(static_cast<std::uint16_t>(unit.word[i] >> 16));
+      }
+      return;
+    }
+#endif
     std::uint32_t nans = 0;
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      const std::uint32_t x = lane.word[i];
+    for (int i = 0; i < kUnitSteps; ++i) {
+      const std::uint32_t x = unit.word[i];
       f[i][0] = (x & 0x0080'0080u) << 8 | (x & 0x007F'007Fu) << 7;
       f[i][1] = (x & 0x8000'8000u) | (x & 0x7F00'7F00u) >> 1;
-      nans |= nan_flags(x);
+      nans |= ((x & 0x7F7F'7F7Fu) + 0x0101'0101u) & 0x8080'8080u;
     }
-    if (nans == 0) return;
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      constexpr std::uint32_t kF16NaN = 0x7E00;
-      const std::uint32_t flags = nan_flags(lane.word[i]);
-      f[i][0] |= (flags >> 7 & 0x0001'0001u) * kF16NaN;
-      f[i][1] |= (flags >> 15 & 0x0001'0001u) * kF16NaN;
-    }
+    if (nans != 0) f[0][0] = 0x7E00'7E00u;
   }
 
   __device__ __forceinline__ static void mma(float (&d)[4], const std::uint32_t (&a)[4],
                                              std::uint32_t b0, std::uint32_t b1) {
     ptx::mma_16816<__half>(d, a, b0, b1);
   }
-
- private:
-  // The top bit of each byte that is a NaN code.
-  __device__ __forceinline__ static std::uint32_t nan_flags(std::uint32_t x) {
-    return ((x & 0x7F7F'7F7Fu) + 0x0101'0101u) & 0x8080'8080u;
-  }
 };
 
 // e4m3 as it is (SM89).
 template <int kHeadDim>
 struct E4m3Products {
-  static constexpr int kSteps = LaneWords<kHeadDim>::kWords / 2;  // of 32 dimensions
+  static constexpr int kUnitSteps = LaneUnit<kHeadDim>::kWords / 2;  // of 32 dimensions
   static constexpr float kSumScale = 1.0f;
+#if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+  static constexpr bool kWidensInside = true;  // to f16, by the assembler
+#else
+  static constexpr bool kWidensInside = false;
+#endif
 
-  __device__ __forceinline__ static void fragments(const LaneWords<kHeadDim>& lane,
-                                                   std::uint32_t (&f)[kSteps][2]) {
+  __device__ __forceinline__ static void fragments(const LaneUnit<kHeadDim>& unit,
+                                                   std::uint32_t (&f)[kUnitSteps][2]) {
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      f[i][0] = lane.word[2 * i];
-      f[i][1] = lane.word[2 * i + 1];
+    for (int i = 0; i < kUnitSteps; ++i) {
+      f[i][0] = unit.word[2 * i];
+      f[i][1] = unit.word[2 * i + 1];
     }
   }
 

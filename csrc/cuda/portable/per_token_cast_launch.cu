@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // per_token_cast_to_fp8. Tile: a group of 128 values, read once into the registers of a team of 8
-// lanes, 16 values each; a cta takes 32 groups. No shared memory, no barriers.
-#include <algorithm>
+// lanes, 16 values each. A team takes kGroupsPerTeam groups, whose loads are in flight together.
+// No shared memory, no barriers.
 #include <cstdint>
 
 #include "cuda/common/launch.h"
@@ -15,31 +15,45 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kGroup = 128;
 constexpr int kTeam = kGroup / kLaneValues;
-constexpr int kGroupsPerCta = kThreads / kTeam;
+constexpr int kTeams = kThreads / kTeam;
 
+// Two groups at once where they fit into the registers of a thread.
 template <typename T>
+constexpr int kGroupsPerTeam = sizeof(T) == 2 ? 2 : 1;
+
+template <typename T, bool kWhole>
 __global__ void __launch_bounds__(kThreads)
     portable_per_token_cast_kernel(TensorRows x, TensorRows out, TensorRows scales,
-                                   FastDivisor groups_per_row, bool ue8m0, bool x_aligned,
-                                   bool out_aligned) {
+                                   FastDivisor groups_per_row, bool ue8m0) {
+  constexpr int kGroups = kGroupsPerTeam<T>;
   const int lane = static_cast<int>(threadIdx.x) % kTeam;
-  const std::int64_t group_of_all =
-      std::int64_t{blockIdx.x} * kGroupsPerCta + static_cast<int>(threadIdx.x) / kTeam;
-  const std::int64_t row = groups_per_row.quotient(group_of_all);
-  const std::int64_t group = group_of_all - row * groups_per_row.divisor();
-  const std::int64_t begin = group * kGroup + lane * kLaneValues;
-  // Teams past the last row go on with nothing, since the warp's shuffles need all lanes.
-  const bool any = row < x.count();
-  const std::int64_t valid = any ? x.width() - begin : 0;
-
-  float values[kLaneValues];
-  load_as_float(x.row<const T>(any ? row : 0) + begin, valid, x_aligned, values);
-  float scale = group_scale_of_team<kTeam>(values);
-  if (ue8m0) scale = ue8m0_decode(ue8m0_encode(scale));
-  const Pack<std::uint8_t, kLaneValues> codes = quantise(values, scale);
-  if (!any) return;
-  store(out.row<std::uint8_t>(row) + begin, codes, valid, out_aligned);
-  if (lane == 0) scales.row<float>(row)[group] = scale;
+  const std::int64_t first =
+      std::int64_t{blockIdx.x} * (kGroups * kTeams) + static_cast<int>(threadIdx.x) / kTeam;
+  std::int64_t row[kGroups] = {}, group[kGroups] = {}, valid[kGroups] = {};
+  const T* src[kGroups];
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    row[i] = groups_per_row.quotient(first + i * kTeams);
+    group[i] = first + i * kTeams - row[i] * groups_per_row.divisor();
+    // Teams past the last row go on with nothing, since the warp's shuffles need all lanes.
+    const bool any = row[i] < x.count();
+    const std::int64_t begin = group[i] * kGroup + lane * kLaneValues;
+    src[i] = x.row<const T>(any ? row[i] : 0) + begin;
+    valid[i] = any ? x.width() - begin : 0;
+  }
+  Pack<T, kLaneValues> values[kGroups];
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) values[i] = load<kWhole, T, kLaneValues>(src[i], valid[i]);
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    float scale = group_scale_of_team<kTeam>(values[i]);
+    if (ue8m0) scale = ue8m0_decode(ue8m0_encode(scale));
+    const Pack<std::uint8_t, kLaneValues> codes = quantise(values[i], scale);
+    if (row[i] >= x.count()) continue;
+    store<kWhole>(out.row<std::uint8_t>(row[i]) + group[i] * kGroup + lane * kLaneValues, codes,
+                  valid[i]);
+    if (lane == 0) scales.row<float>(row[i])[group[i]] = scale;
+  }
 }
 
 }  // namespace
@@ -47,14 +61,21 @@ __global__ void __launch_bounds__(kThreads)
 Status per_token_cast_to_fp8(const PerTokenCastParams& params) {
   const TensorRows x(params.x), out(params.out), scales(params.scale);
   const std::int64_t groups_per_row = ceil_div<std::int64_t>(x.width(), kGroup);
-  const std::int64_t ctas = ceil_div<std::int64_t>(x.count() * groups_per_row, kGroupsPerCta);
-  if (ctas > kMaxGridX) return Status::internal("portable_per_token_cast_kernel: too many groups");
   return with_value_type(params.x.dtype, [&](auto zero) {
     using T = decltype(zero);
-    return launch<portable_per_token_cast_kernel<T>>(
-        "portable_per_token_cast_kernel", params.launch, dim3(static_cast<unsigned>(ctas)),
-        kThreads, 0, x, out, scales, FastDivisor(groups_per_row), params.use_ue8m0,
-        rows_aligned(params.x, sizeof(T), kVectorBytes), rows_aligned(params.out, 1, kVectorBytes));
+    const std::int64_t ctas =
+        ceil_div<std::int64_t>(x.count() * groups_per_row, kTeams * kGroupsPerTeam<T>);
+    if (ctas > kMaxGridX) {
+      return Status::internal("portable_per_token_cast_kernel: too many groups");
+    }
+    const bool whole = x.width() % kLaneValues == 0 &&
+                       rows_aligned(params.x, sizeof(T), kVectorBytes) &&
+                       rows_aligned(params.out, 1, kVectorBytes);
+    return with_flag(whole, [&](auto flag) {
+      return launch<portable_per_token_cast_kernel<T, decltype(flag)::value>>(
+          "portable_per_token_cast_kernel", params.launch, dim3(static_cast<unsigned>(ctas)),
+          kThreads, 0, x, out, scales, FastDivisor(groups_per_row), params.use_ue8m0);
+    });
   });
 }
 

@@ -7,19 +7,14 @@
 
 namespace dsa::cuda::ptx {
 
-// 16 bytes, both addresses 16-byte aligned, past L1. With valid false nothing is read and the
-// destination is zeroed; `global` then need not be mapped.
-__device__ __forceinline__ void cp_async_16(std::uint32_t shared, const void* global, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
-               "r"(valid ? 16 : 0)
-               : "memory");
+// 16 bytes, both addresses 16-byte aligned, past L1.
+__device__ __forceinline__ void cp_async_16(std::uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
 
-// The same for 4 bytes, 4-byte aligned.
-__device__ __forceinline__ void cp_async_4(std::uint32_t shared, const void* global, bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global),
-               "r"(valid ? 4 : 0)
-               : "memory");
+// 4 bytes, both addresses 4-byte aligned.
+__device__ __forceinline__ void cp_async_4(std::uint32_t shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
 }
 
 // Closes a group of this thread's copies; groups complete in order.

@@ -16,10 +16,16 @@ __device__ __forceinline__ std::uint32_t e4m3x2_from_float(float low, float high
   return codes;
 }
 
-// Exact.
-__device__ __forceinline__ float2 e4m3x2_to_float(std::uint16_t codes) {
+// Exact; two f16, that of the low byte low.
+__device__ __forceinline__ std::uint32_t f16x2_from_e4m3x2(std::uint16_t codes) {
   std::uint32_t halves;
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(codes));
+  return halves;
+}
+
+// Exact.
+__device__ __forceinline__ float2 e4m3x2_to_float(std::uint16_t codes) {
+  const std::uint32_t halves = f16x2_from_e4m3x2(codes);
   __half2_raw raw;
   raw.x = static_cast<unsigned short>(halves);
   raw.y = static_cast<unsigned short>(halves >> 16);
