@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cuda/common/fast_divisor.h"
 #include "dsa/kv_layout.h"
 
 namespace dsa::cuda {
@@ -14,7 +15,7 @@ struct LatentRows {
   const std::uint8_t* data = nullptr;
   std::int64_t num_slots = 0;
   std::int64_t num_pages = 0;
-  std::uint32_t page_size = 1;     // slots are int32: a larger page is one page
+  FastDivisor page_size;           // slots are int32: a larger page than 2^31 is one page
   std::int64_t page_stride = 0;    // bytes
   std::int64_t token_stride = 0;   // bytes
   std::int64_t scales_offset = 0;  // bytes from a page's begin to its scales (V4)

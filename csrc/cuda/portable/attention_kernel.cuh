@@ -706,12 +706,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   TileLoader<Config> loader(shared, args);
   if (begin < end) {
     constexpr int kStages = Config::kIsFp8 ? Config::kRawStages : Config::kTileStages;
+    loader.fetch(begin);
     load_queries<Config>(shared, args, where);
     ptx::cp_async_commit();
-    loader.prefetch(begin);
+    loader.locate(begin);
     loader.issue(begin, 0);
     ptx::cp_async_commit();
-    if (begin + 1 < end) loader.prefetch(begin + 1);
+    loader.fetch(begin + 1);
+    loader.locate(begin + 1);
     if constexpr (Config::kIsV32) {
       if (threadIdx.x < Config::kScales) shared.scale_exponent[threadIdx.x] = 0;
       ptx::cp_async_wait<1>();  // q
@@ -725,7 +727,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
       const auto load_next = [&] {
         if (tile + 1 < end) loader.issue(tile + 1, next_stage);
         ptx::cp_async_commit();
-        if (tile + 2 < end) loader.prefetch(tile + 2);
+        loader.fetch(tile + 2);
       };
       ptx::cp_async_wait<0>();
       __syncthreads();
@@ -742,6 +744,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
       state.publish_probabilities(tile);
       __syncthreads();
       state.multiply_pv(key_tile);
+      loader.locate(tile + 2);
     }
   }
   const auto& statistics = state.publish_statistics(end);

@@ -21,7 +21,7 @@ class KeySequence {
   __device__ void init(const AttentionArgs& args, std::int64_t b, std::int64_t j) {
     if (args.block_table != nullptr) {
       slots_[0] = args.block_table + b * args.table_stride;
-      const std::int64_t most = args.table_width * args.lists[0].rows.page_size;
+      const std::int64_t most = args.table_width * args.lists[0].rows.page_size.divisor();
       std::int64_t length = args.seqlens[b * args.seqlens_stride];
       length = max(std::int64_t{0}, min(length, most));
       if (args.causal) length = max(std::int64_t{0}, length - args.tokens_per_request + 1 + j);
@@ -40,31 +40,39 @@ class KeySequence {
   __device__ std::int32_t fetch(const AttentionArgs& args, int key) const {
     if (key >= size_) return -1;
     if (args.block_table != nullptr) {
-      return slots_[0][static_cast<std::uint32_t>(key) / args.lists[0].rows.page_size];
+      return slots_[0][args.lists[0].rows.page_size.quotient_of_31_bits(key)];
     }
     return key < first_ ? slots_[0][key] : slots_[1][key - first_];
   }
 
   // The row that `fetched` stands for.
   __device__ KeyRow row(const AttentionArgs& args, int key, std::int32_t fetched) const {
-    const LatentRows& rows = args.lists[key < first_ ? 0 : 1].rows;
-    std::int64_t page = fetched;
-    std::uint32_t token = static_cast<std::uint32_t>(key) % rows.page_size;
-    bool valid = fetched >= 0 && key < size_;
+    if (key >= size_ || fetched < 0) return {};
     if (args.block_table != nullptr) {
-      valid = valid && page < rows.num_pages;
-    } else {
-      valid = valid && fetched < rows.num_slots;
-      page = static_cast<std::uint32_t>(fetched) / rows.page_size;
-      token = static_cast<std::uint32_t>(fetched) % rows.page_size;
+      const LatentRows& rows = args.lists[0].rows;
+      const std::uint32_t logical = rows.page_size.quotient_of_31_bits(key);
+      return fetched < rows.num_pages ? row_of_page(rows, fetched, key, logical) : KeyRow{};
     }
-    if (!valid) return {};
+    return key < first_ ? row_of_slot(args.lists[0].rows, fetched)
+                        : row_of_slot(args.lists[1].rows, fetched);
+  }
+
+ private:
+  __device__ static KeyRow row_of_slot(const LatentRows& rows, std::int32_t slot) {
+    if (slot >= rows.num_slots) return {};
+    const std::uint32_t page = rows.page_size.quotient_of_31_bits(slot);
+    return row_of_page(rows, page, slot, page);
+  }
+
+  // Token `position` of what begins `pages` whole pages before, in page `page` of the cache.
+  __device__ static KeyRow row_of_page(const LatentRows& rows, std::int64_t page,
+                                       std::int64_t position, std::int64_t pages) {
+    const std::int64_t token = position - pages * rows.page_size.divisor();
     const std::uint8_t* base = rows.data + page * rows.page_stride;
     return {base + token * rows.token_stride,
             base + rows.scales_offset + token * MlaV4Layout::kScaleBytes};
   }
 
- private:
   __device__ static int list_size(const SlotList& list, std::int64_t b, std::int64_t j) {
     if (list.length == nullptr) return list.count;
     const int length = list.length[b * list.length_stride_b + j * list.length_stride_j];

@@ -59,20 +59,19 @@ class TileLoader {
         lane_(threadIdx.x % 32),
         first_row_(threadIdx.x / 32 * Config::kRowsPerWarp) {}
 
-  // Asks memory for the slots of a tile, ahead of issue(): the load has a whole tile's time.
-  __device__ void prefetch(int tile) { fetched_ = shared_.keys.fetch(args_, key_of_lane(tile)); }
-
-  // Starts the copies of the tile that was prefetched last: raw FP8 rows into raw stage `stage`,
-  // 16-bit rows into tile[stage]. Completes with the thread's next cp.async group.
-  __device__ void issue(int tile, int stage) {
-    const KeyRow mine = shared_.keys.row(args_, key_of_lane(tile), fetched_);
+  // A tile's copies in three steps, each well before the next: ask memory for its slots, work out
+  // its rows, start the copies. Raw FP8 rows go into raw stage `stage`, 16-bit rows into
+  // tile[stage]; they complete with the thread's next cp.async group.
+  __device__ void fetch(int tile) { fetched_ = shared_.keys.fetch(args_, key_of_lane(tile)); }
+  __device__ void locate(int tile) { row_ = shared_.keys.row(args_, key_of_lane(tile), fetched_); }
+  __device__ void issue(int tile, int stage) const {
     if (lane_ < Config::kRowsPerWarp) {
-      shared_.valid[tile & 1][first_row_ + lane_] = mine.values != nullptr;
+      shared_.valid[tile & 1][first_row_ + lane_] = row_.values != nullptr;
     }
     if (aligned_) {
-      copy<true>(mine, stage);
+      copy<true>(stage);
     } else {
-      copy<false>(mine, stage);
+      copy<false>(stage);
     }
   }
 
@@ -82,13 +81,13 @@ class TileLoader {
   }
 
   template <bool kAligned>
-  __device__ void copy(const KeyRow& mine, int stage) {
+  __device__ void copy(int stage) const {
     const int lane_chunk = lane_ % 8;
 #pragma unroll
     for (int i = 0; i < Config::kRowsPerLane; ++i) {
       const int row_of_warp = 4 * i + lane_ / 8;
       const int row = first_row_ + row_of_warp;
-      const std::uint8_t* values = shuffle(mine.values, row_of_warp);
+      const std::uint8_t* values = shuffle(row_.values, row_of_warp);
       const bool valid = values != nullptr;
       values += lane_chunk * kChunk;
       if constexpr (Config::kIsFp8) {
@@ -97,7 +96,7 @@ class TileLoader {
         copy_row<kAligned, kRowChunks>(ptx::shared_address(raw) + lane_chunk * kChunk, values,
                                        valid, kRowChunks);
         if constexpr (Config::kIsV4) {
-          const std::uint8_t* scales = shuffle(mine.scales, row_of_warp);
+          const std::uint8_t* scales = shuffle(row_.scales, row_of_warp);
           copy_scales<kAligned>(raw + Config::kRowCopyBytes, scales, valid, lane_chunk);
         }
       } else {
@@ -111,7 +110,8 @@ class TileLoader {
   // This lane's chunks of a row, every eighth; zeros where there is no row. What a partial block of
   // 64 dims of the tile leaves over is zeroed too; raw rows stand back to back.
   template <bool kAligned, int kMaxChunks>
-  __device__ void copy_row(std::uint32_t dst, const std::uint8_t* src, bool valid, int chunks) {
+  __device__ void copy_row(std::uint32_t dst, const std::uint8_t* src, bool valid,
+                           int chunks) const {
     if (valid) {
 #pragma unroll
       for (int c = 0; c + 8 <= kMaxChunks; c += 8) {
@@ -161,7 +161,8 @@ class TileLoader {
   int chunks_;  // of a 16-bit row; what is past its end is zero
   bool aligned_;
   int lane_, first_row_;
-  std::int32_t fetched_ = -1;
+  std::int32_t fetched_ = -1;  // of this lane's row of the tile to come
+  KeyRow row_;
 };
 
 // ---- e4m3 widened to 16 bits --------------------------------------------------------------------
@@ -202,8 +203,7 @@ __device__ __forceinline__ uint2 widen_to_bf16(std::uint32_t codes, std::uint32_
 // Four e4m3 values as f16. Exact; NaN codes become NaN.
 __device__ __forceinline__ uint2 widen_to_f16(std::uint32_t codes) {
 #if __CUDA_ARCH__ >= 890
-  return {ptx::f16x2_from_e4m3x2(static_cast<std::uint16_t>(codes)),
-          ptx::f16x2_from_e4m3x2(static_cast<std::uint16_t>(codes >> 16))};
+  return ptx::f16x4_from_e4m3x4(codes);
 #else
   // As above, the exponent 8 too low.
   constexpr std::uint32_t kTwoTo8 = 0x5C00'5C00u;
@@ -245,22 +245,28 @@ __device__ void widen_tile(typename Config::SharedStorage& shared, int stage) {
   const int chunk = thread % 64;
   const int first_row = thread / 64;
   if (chunk * kCodes < kNope) {
-#pragma unroll 8
+    // The swizzle repeats after 8 rows.
+    constexpr int kPeriod = 8 / kRowsAtOnce;
+    const std::uint8_t* src = raw + first_row * Config::kRawBytes;
+    std::uint8_t* dst[kPeriod];
+#pragma unroll
+    for (int i = 0; i < kPeriod; ++i) dst[i] = tile + swizzled(first_row + i * kRowsAtOnce, chunk);
+#pragma unroll
     for (int i = 0; i < Config::kTokens / kRowsAtOnce; ++i) {
-      const int row = first_row + i * kRowsAtOnce;
-      const std::uint8_t* src = raw + row * Config::kRawBytes;
-      const uint2 codes = *reinterpret_cast<const uint2*>(src + chunk * kCodes);
+      const std::uint8_t* row = src + i * kRowsAtOnce * Config::kRawBytes;
+      const uint2 codes = *reinterpret_cast<const uint2*>(row + chunk * kCodes);
       uint2 low, high;
       if constexpr (Config::kIsV4) {
         const std::uint32_t scale = ue8m0_to_bf16x2(
-            src[Config::kRowCopyBytes + chunk * kCodes / static_cast<int>(MlaV4Layout::kGroup)]);
+            row[Config::kRowCopyBytes + chunk * kCodes / static_cast<int>(MlaV4Layout::kGroup)]);
         low = widen_to_bf16(codes.x, scale);
         high = widen_to_bf16(codes.y, scale);
       } else {
         low = widen_to_f16(codes.x);
         high = widen_to_f16(codes.y);
       }
-      *reinterpret_cast<uint4*>(tile + swizzled(row, chunk)) = {low.x, low.y, high.x, high.y};
+      *reinterpret_cast<uint4*>(dst[i % kPeriod] + i / kPeriod * 8 * kRowBytes) = {low.x, low.y,
+                                                                                   high.x, high.y};
     }
   }
 
