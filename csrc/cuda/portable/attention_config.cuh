@@ -44,7 +44,7 @@ struct AttentionConfig {
   // Room for probabilities below the largest, in f16.
   static constexpr float kProbabilityUnit = 0x1p-6f;
 
-  static constexpr int kWarps = kHeads == 64 ? 8 : 4;
+  static constexpr int kWarps = kHeads == 32 ? 4 : 8;
   static constexpr int kThreads = 32 * kWarps;
   // For the register budget; before SM90 the shared memory of an SM holds one CTA of 32 heads.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -56,8 +56,10 @@ struct AttentionConfig {
   // QK: warps in a kWarpsM x kWarpsN grid over [kHeads, kTokens]. Two neighbours along the keys
   // multiply both their tiles, each over half of the dimensions, and exchange the halves of the
   // sums: a fragment from shared memory then serves twice as many products.
+  // 16 heads are too little work for more than 4 of the warps.
+  static constexpr int kQkWarps = kHeads == 64 ? 8 : 4;
   static constexpr int kWarpsM = kHeads == 64 ? 2 : 1;
-  static constexpr int kWarpsN = kWarps / kWarpsM;
+  static constexpr int kWarpsN = kQkWarps / kWarpsM;
   static constexpr int kMTiles = kHeads / (16 * kWarpsM);
   static constexpr int kNTiles = kTokens / (8 * kWarpsN);
   static_assert(kWarpsN % 2 == 0);
@@ -88,16 +90,16 @@ struct AttentionConfig {
   struct SharedStorage {
     alignas(128) std::uint8_t q[kHeads * kRowBytes];
     alignas(128) std::uint8_t tile[kTileStages][kTokens * kRowBytes];
-    alignas(128) std::uint8_t raw[kIsFp8 ? kRawStages * kTokens * kRawBytes : kChunk];
     alignas(128) std::uint8_t p[kScales][kHeads * kTokens * 2];
     float row_max[kWarpsN][kHeads];  // of a tile
     float alpha[kHeads];             // what the output so far is multiplied by
     float base[2][kHeads];           // of the softmax, for this tile and the next
     float q_factor[kIsV32 ? kHeads : 1];
-    float scale[kTokens][kScales];
-    int scale_exponent[kScales];  // the largest so far, as the fp32 exponent field
-    int valid[2][kTokens];        // of this tile and the next
+    float scale[kIsV32 ? kTokens : 1][kScales];
+    int scale_exponent[kScales];     // the largest so far, as the fp32 exponent field
+    std::uint8_t valid[2][kTokens];  // of this tile and the next
     KeySequence keys;
+    alignas(kChunk) std::uint8_t raw[kIsFp8 ? kRawStages * kTokens * kRawBytes : kChunk];
   };
 
   // What a CTA knows about its heads at the end, in the place of p.

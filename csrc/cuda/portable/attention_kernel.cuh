@@ -117,6 +117,11 @@ class AttentionTile {
     }
   }
 
+  // Whether this warp takes part in QK and softmax.
+  __device__ bool has_keys() const {
+    return Config::kQkWarps == Config::kWarps || warp_ < Config::kQkWarps;
+  }
+
   // scores = q . k of the tile, in fp32, V3.2's scales applied.
   __device__ void multiply_qk(const std::uint8_t* tile) {
     constexpr int kChains = Config::kChains;
@@ -161,13 +166,13 @@ class AttentionTile {
 
   // The tile's maxima of this warp's heads, over this warp's keys; masks invalid keys.
   __device__ void publish_maxima(int tile) {
-    const int* valid = shared_.valid[tile & 1];
+    const std::uint8_t* valid = shared_.valid[tile & 1];
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
       float largest[2] = {-kAttentionInf, -kAttentionInf};
 #pragma unroll
       for (int n = 0; n < kNTiles; ++n) {
-        const int2 ok = *reinterpret_cast<const int2*>(valid + key_of(n));
+        const uchar2 ok = *reinterpret_cast<const uchar2*>(valid + key_of(n));
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float& s0 = scores_[m][n][2 * half];
@@ -246,7 +251,8 @@ class AttentionTile {
     const std::uint32_t p_base = ptx::shared_address(shared_.p[group]);
     const std::uint32_t v_base = ptx::shared_address(tile) + (lane_ % 16) * kRowBytes +
                                  column_ / kDimBlock * (2 * kDimBlock);
-    const std::uint32_t v_chunk = static_cast<std::uint32_t>((lane_ / 16) ^ (lane_ & 7)) * kChunk;
+    const std::uint32_t v_chunk =
+        static_cast<std::uint32_t>((column_ % kDimBlock / 8) ^ (lane_ / 16) ^ (lane_ & 7)) * kChunk;
 #pragma unroll
     for (int k = 0; k < Config::kTokens; k += 16) {
       std::uint32_t a[Config::kRowTiles][4];
@@ -286,7 +292,7 @@ class AttentionTile {
           sum += __shfl_xor_sync(~0u, sum, step);
           weight += __shfl_xor_sync(~0u, weight, step);
         }
-        if (lane_ % 4 != 0) continue;
+        if (lane_ % 4 != 0 || !has_keys()) continue;
         const int head = head_of(m, half);
         statistics.sum[warp_ % Config::kWarpsN][head] = sum;
         statistics.weight[warp_ % Config::kWarpsN][head] = weight;
@@ -380,7 +386,7 @@ class AttentionTile {
   // the odd warps' sums of the even ones' keys, then the reverse in the same place.
   __device__ void exchange_halves(const PairScores& sums) {
     constexpr int kPerLane = kMTiles * kNTiles;
-    constexpr int kPairs = Config::kWarps / 2;
+    constexpr int kPairs = Config::kQkWarps / 2;
     static_assert(kPairs * kPerLane * 32 * sizeof(float4) <= sizeof(SharedStorage::p));
     float4* mail = reinterpret_cast<float4*>(shared_.p) + warp_ / 2 * kPerLane * 32 + lane_;
     const bool odd = warp_ % 2 == 1;
@@ -738,10 +744,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
         if constexpr (kStages == 1) load_next();
       }
       const std::uint8_t* key_tile = shared.tile[Config::kIsFp8 ? 0 : stage];
-      state.multiply_qk(key_tile);
-      state.publish_maxima(tile);
+      if (state.has_keys()) {
+        state.multiply_qk(key_tile);
+        state.publish_maxima(tile);
+      }
       __syncthreads();
-      state.publish_probabilities(tile);
+      if (state.has_keys()) state.publish_probabilities(tile);
       __syncthreads();
       state.multiply_pv(key_tile);
       loader.locate(tile + 2);
