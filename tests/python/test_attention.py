@@ -360,10 +360,17 @@ def test_sparse_decode_head_counts(device, name, h_q):
     check_cache(cache_case(name, device, h_q=h_q, s_q=1, topk=257, sink=True))
 
 
-@pytest.mark.ops("flash_mla_with_kvcache")
 @pytest.mark.parametrize("name", ["v32", "v4"])
-def test_fp16_queries_over_fp8_caches(device, name):
-    check_cache(cache_case(name, device, dtype=FP16, sink=True))
+def test_fp16_queries_over_fp8_caches(name):
+    """On the CPU only: the CUDA kernels keep bf16 RoPE and say so."""
+    check_cache(cache_case(name, "cpu", dtype=FP16, sink=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_fp16_queries_over_fp8_caches_are_refused_on_cuda():
+    with pytest.raises(RuntimeError, match="a bfloat16 q with an 8-bit cache"):
+        check_cache(cache_case("v32", "cuda", dtype=FP16, sink=True))
 
 
 @pytest.mark.ops("flash_mla_with_kvcache")

@@ -26,7 +26,7 @@ inline constexpr int kRowBytes = kMaxDimQk * 2;  // pitch of q and of the key ti
 inline constexpr int kChunk = 16;                // bytes: one ldmatrix row, one cp.async
 static_assert(kRowBytes % (2 * kDimBlock) == 0);
 
-template <LatentFormat kFormat_, int kHeads_, int kTokens_, int kStages_>
+template <LatentFormat kFormat_, int kHeads_, int kTokens_>
 struct AttentionConfig {
   static constexpr LatentFormat kFormat = kFormat_;
   static constexpr int kHeads = kHeads_;
@@ -73,17 +73,18 @@ struct AttentionConfig {
   static constexpr int kColumnTiles = kColumns / 8;
   static_assert(!kIsV32 || MlaV32Layout::kGroup % kColumns == 0);
 
-  // The key tile is double-buffered where cp.async fills it; FP8 rows arrive raw, kStages of them,
-  // and are widened into one tile.
-  static constexpr int kTileStages = kIsFp8 ? 1 : kStages_;
-  static constexpr int kRawStages = kIsFp8 ? kStages_ : 0;
+  // The key tile is double-buffered where cp.async fills it; FP8 rows arrive raw and are widened
+  // into one tile.
+  static constexpr int kTileStages = kIsFp8 ? 1 : 2;
   static constexpr int kRowCopyBytes =  // of a raw row, without V4's scales
       static_cast<int>(kIsV32 ? MlaV32Layout::kTokenBytes : MlaV4Layout::kDataBytes);
   static constexpr int kRawBytes = kRowCopyBytes + (kIsV4 ? kChunk : 0);
   static_assert(kRawBytes % kChunk == 0);
 
-  // A lane copies kRowsPerLane rows of each tile, eight lanes together one row.
-  static constexpr int kRowsPerWarp = kTokens / kWarps;
+  // Warps that QK leaves over load the next tile meanwhile; else all do. A lane copies kRowsPerLane
+  // rows of each tile, eight lanes together one row.
+  static constexpr int kLoadWarps = kWarps > kQkWarps ? kWarps - kQkWarps : kWarps;
+  static constexpr int kRowsPerWarp = kTokens / kLoadWarps;
   static constexpr int kRowsPerLane = kRowsPerWarp / 4;
   static_assert(kRowsPerLane * 4 == kRowsPerWarp);
 
@@ -99,7 +100,7 @@ struct AttentionConfig {
     int scale_exponent[kScales];     // the largest so far, as the fp32 exponent field
     std::uint8_t valid[2][kTokens];  // of this tile and the next
     KeySequence keys;
-    alignas(kChunk) std::uint8_t raw[kIsFp8 ? kRawStages * kTokens * kRawBytes : kChunk];
+    alignas(kChunk) std::uint8_t raw[kIsFp8 ? kTokens * kRawBytes : kChunk];
   };
 
   // What a CTA knows about its heads at the end, in the place of p.

@@ -4,13 +4,16 @@
 // Tile      one query token, kHeads heads (16, 32 or 64), kTokens keys at a time (32 or 64). A row
 //           of the key tile is K in full and V in its first d_v dimensions.
 // Warps     QK: a grid of kWarpsM x kWarpsN over [kHeads, kTokens], in pairs that share their keys.
-//           PV: every warp has all heads and 64 (8 warps) or 128 (4 warps) of the 512 columns.
-// Registers 64 heads: 8 warps, 128 fp32 of output and 32 of scores a thread, 1 CTA an SM; 32 and 16
-//           heads: 4 warps, 128 and 64 of output, 2 CTAs an SM, whose phases overlap.
+//           With 16 heads 4 of 8 warps do QK and softmax while the others load the next tile. PV:
+//           every warp has all heads and 64 (8 warps) or 128 (4 warps) of the 512 columns.
+// Registers 64 heads: 8 warps, 128 fp32 of output and 32 of scores a thread, 1 CTA an SM; 32 heads:
+// 4
+//           warps, 128 of output; 16 heads: 8 warps, 32 of output; 2 CTAs an SM, whose phases
+//           overlap.
 // Shared    SharedStorage (attention_config.cuh): q, key tile (two for 16-bit caches), raw FP8
 // rows,
 //           probabilities. 64 heads, V3.2: 72 + 72 + 41 + 32 KiB.
-// A tile    (a) wait for its copies, barrier; start the next tile's copies. FP8: widen, barrier.
+// A tile    (a) wait for its copies, barrier. FP8: widen, barrier. Start the next tile's copies.
 //           (b) QK; warp pairs exchange halves of their sums through p (two barriers of 64
 //           threads); row maxima to shared memory, barrier; every warp forms the same new base. (c)
 //           p = 2^(s - base) to shared memory in 16 bits (V3.2: one copy for each of the four
@@ -711,15 +714,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   AttentionTile<Config> state(shared, args);
   TileLoader<Config> loader(shared, args);
   if (begin < end) {
-    constexpr int kStages = Config::kIsFp8 ? Config::kRawStages : Config::kTileStages;
-    loader.fetch(begin);
+    if (loader.has_rows()) loader.fetch(begin);
     load_queries<Config>(shared, args, where);
     ptx::cp_async_commit();
-    loader.locate(begin);
-    loader.issue(begin, 0);
+    if (loader.has_rows()) {
+      loader.locate(begin);
+      loader.issue(begin, 0);
+      loader.fetch(begin + 1);
+      loader.locate(begin + 1);
+    }
     ptx::cp_async_commit();
-    loader.fetch(begin + 1);
-    loader.locate(begin + 1);
     if constexpr (Config::kIsV32) {
       if (threadIdx.x < Config::kScales) shared.scale_exponent[threadIdx.x] = 0;
       ptx::cp_async_wait<1>();  // q
@@ -728,31 +732,27 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     }
 
     for (int tile = begin; tile < end; ++tile) {
-      const int stage = (tile - begin) % kStages;
-      const int next_stage = (tile + 1 - begin) % kStages;
-      const auto load_next = [&] {
-        if (tile + 1 < end) loader.issue(tile + 1, next_stage);
-        ptx::cp_async_commit();
-        loader.fetch(tile + 2);
-      };
+      const int stage = (tile - begin) % Config::kTileStages;
       ptx::cp_async_wait<0>();
       __syncthreads();
-      if constexpr (kStages > 1) load_next();
       if constexpr (Config::kIsFp8) {
-        widen_tile<Config>(shared, stage);
+        widen_tile<Config>(shared);
         __syncthreads();
-        if constexpr (kStages == 1) load_next();
       }
-      const std::uint8_t* key_tile = shared.tile[Config::kIsFp8 ? 0 : stage];
+      if (loader.has_rows()) {
+        if (tile + 1 < end) loader.issue(tile + 1, (stage + 1) % Config::kTileStages);
+        ptx::cp_async_commit();
+        loader.fetch(tile + 2);
+      }
       if (state.has_keys()) {
-        state.multiply_qk(key_tile);
+        state.multiply_qk(shared.tile[stage]);
         state.publish_maxima(tile);
       }
       __syncthreads();
       if (state.has_keys()) state.publish_probabilities(tile);
       __syncthreads();
-      state.multiply_pv(key_tile);
-      loader.locate(tile + 2);
+      state.multiply_pv(shared.tile[stage]);
+      if (loader.has_rows()) loader.locate(tile + 2);
     }
   }
   const auto& statistics = state.publish_statistics(end);

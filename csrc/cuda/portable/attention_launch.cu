@@ -35,9 +35,9 @@ Status launch_attention(const AttentionArgs& args, std::int64_t rows, const Laun
                                                    sizeof(typename Config::SharedStorage), args);
 }
 
-template <LatentFormat kFormat, int kHeads, int kTokens, int kStages>
+template <LatentFormat kFormat, int kHeads, int kTokens>
 constexpr Instance instance() {
-  using Config = AttentionConfig<kFormat, kHeads, kTokens, kStages>;
+  using Config = AttentionConfig<kFormat, kHeads, kTokens>;
   return {kFormat,
           kHeads,
           kTokens,
@@ -46,21 +46,19 @@ constexpr Instance instance() {
           launch_attention<Config>};
 }
 
-// The closed list: what is compiled, what is chosen from. Heads a tile, keys a tile, stages (of the
-// key tile, or of raw FP8 rows). 64 heads need SM90's shared memory; one stage of FP8 rows with 16
-// heads fits the 99 KiB of SM86, SM89 and SM12x.
+// The closed list: what is compiled, what is chosen from. Heads a tile, keys a tile. 64 heads need
+// SM90's shared memory; 16 fit the 99 KiB of SM86, SM89 and SM12x.
 constexpr Instance kInstances[] = {
-    instance<LatentFormat::kBf16, 16, 32, 2>(),   instance<LatentFormat::kBf16, 32, 32, 2>(),
-    instance<LatentFormat::kBf16, 64, 64, 2>(),   instance<LatentFormat::kF16, 16, 32, 2>(),
-    instance<LatentFormat::kF16, 32, 32, 2>(),    instance<LatentFormat::kF16, 64, 64, 2>(),
-    instance<LatentFormat::kMlaV32, 16, 32, 2>(), instance<LatentFormat::kMlaV32, 16, 32, 1>(),
-    instance<LatentFormat::kMlaV32, 32, 32, 1>(), instance<LatentFormat::kMlaV32, 64, 64, 1>(),
-    instance<LatentFormat::kMlaV4, 16, 32, 2>(),  instance<LatentFormat::kMlaV4, 16, 32, 1>(),
-    instance<LatentFormat::kMlaV4, 32, 32, 1>(),  instance<LatentFormat::kMlaV4, 64, 64, 1>(),
+    instance<LatentFormat::kBf16, 16, 32>(),   instance<LatentFormat::kBf16, 32, 32>(),
+    instance<LatentFormat::kBf16, 64, 64>(),   instance<LatentFormat::kF16, 16, 32>(),
+    instance<LatentFormat::kF16, 32, 32>(),    instance<LatentFormat::kF16, 64, 64>(),
+    instance<LatentFormat::kMlaV32, 16, 32>(), instance<LatentFormat::kMlaV32, 32, 32>(),
+    instance<LatentFormat::kMlaV32, 64, 64>(), instance<LatentFormat::kMlaV4, 16, 32>(),
+    instance<LatentFormat::kMlaV4, 32, 32>(),  instance<LatentFormat::kMlaV4, 64, 64>(),
 };
 
-// Of those that fit the device, the smallest that has all heads in one tile, else the largest; of
-// equals the first. nullptr: none fits.
+// Of those that fit the device, the smallest that has all heads in one tile, else the largest.
+// nullptr: none fits.
 const Instance* choose_instance(LatentFormat format, int num_heads, std::size_t shared_bytes) {
   const Instance* best = nullptr;
   for (const Instance& i : kInstances) {

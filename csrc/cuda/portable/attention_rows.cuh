@@ -57,11 +57,17 @@ class TileLoader {
         chunks_(args.d_qk * 2 / kChunk),
         aligned_(args.lists[0].rows.aligned && args.lists[1].rows.aligned),
         lane_(threadIdx.x % 32),
-        first_row_(threadIdx.x / 32 * Config::kRowsPerWarp) {}
+        first_row_((static_cast<int>(threadIdx.x) / 32 - (Config::kWarps - Config::kLoadWarps)) *
+                   Config::kRowsPerWarp) {}
+
+  // Whether this warp loads.
+  __device__ bool has_rows() const {
+    return Config::kLoadWarps == Config::kWarps || first_row_ >= 0;
+  }
 
   // A tile's copies in three steps, each well before the next: ask memory for its slots, work out
-  // its rows, start the copies. Raw FP8 rows go into raw stage `stage`, 16-bit rows into
-  // tile[stage]; they complete with the thread's next cp.async group.
+  // its rows, start the copies. FP8 rows go into raw, 16-bit rows into tile[stage]; they complete
+  // with the thread's next cp.async group.
   __device__ void fetch(int tile) { fetched_ = shared_.keys.fetch(args_, key_of_lane(tile)); }
   __device__ void locate(int tile) { row_ = shared_.keys.row(args_, key_of_lane(tile), fetched_); }
   __device__ void issue(int tile, int stage) const {
@@ -91,7 +97,7 @@ class TileLoader {
       const bool valid = values != nullptr;
       values += lane_chunk * kChunk;
       if constexpr (Config::kIsFp8) {
-        std::uint8_t* raw = shared_.raw + (stage * Config::kTokens + row) * Config::kRawBytes;
+        std::uint8_t* raw = shared_.raw + row * Config::kRawBytes;
         constexpr int kRowChunks = Config::kRowCopyBytes / kChunk;
         copy_row<kAligned, kRowChunks>(ptx::shared_address(raw) + lane_chunk * kChunk, values,
                                        valid, kRowChunks);
@@ -220,7 +226,7 @@ __device__ __forceinline__ uint2 widen_to_f16(std::uint32_t codes) {
 }
 
 // A ue8m0 scale as a pair of bf16, which hold every power of two that it can be.
-__device__ __forceinline__ std::uint32_t ue8m0_to_bf16x2(std::uint8_t byte) {
+__device__ __forceinline__ std::uint32_t ue8m0_to_bf16x2(std::uint32_t byte) {
   const std::uint32_t code = byte == 0 ? 0x0040u : byte == 255 ? 0x7FC0u : byte << 7;
   return code | code << 16;
 }
@@ -228,15 +234,16 @@ __device__ __forceinline__ std::uint32_t ue8m0_to_bf16x2(std::uint8_t byte) {
 // raw -> tile: a thread widens 8 codes at a time, always the same ones of a row; a row is 64
 // threads. V4's scales are multiplied in; V3.2's are put aside in `scale`.
 template <typename Config>
-__device__ void widen_tile(typename Config::SharedStorage& shared, int stage) {
+__device__ void widen_tile(typename Config::SharedStorage& shared) {
   constexpr int kNope =
       static_cast<int>(Config::kIsV4 ? MlaV4Layout::kDimNope : MlaV32Layout::kDimNope);
   constexpr int kRope =
       static_cast<int>(Config::kIsV4 ? MlaV4Layout::rope(0) : MlaV32Layout::rope(0));
   constexpr int kRopeChunks = 64 * 2 / kChunk;
   constexpr int kCodes = 8;  // a thread: 16 bytes of the tile
+  [[maybe_unused]] constexpr int kV4Group = static_cast<int>(MlaV4Layout::kGroup);
   constexpr int kRowsAtOnce = Config::kThreads / 64;
-  const std::uint8_t* raw = shared.raw + stage * Config::kTokens * Config::kRawBytes;
+  const std::uint8_t* raw = shared.raw;
   std::uint8_t* tile = shared.tile[0];
 
   // Opaque, so that addresses are formed for each tile: kept through it they would cost registers.
@@ -251,32 +258,54 @@ __device__ void widen_tile(typename Config::SharedStorage& shared, int stage) {
     std::uint8_t* dst[kPeriod];
 #pragma unroll
     for (int i = 0; i < kPeriod; ++i) dst[i] = tile + swizzled(first_row + i * kRowsAtOnce, chunk);
+    // Loads before stores, eight rows at a time: the compiler may not move one past the other.
+    constexpr int kRows = Config::kTokens / kRowsAtOnce;
+    constexpr int kBatch = 8;
+    static_assert(kRows % kBatch == 0);
 #pragma unroll
-    for (int i = 0; i < Config::kTokens / kRowsAtOnce; ++i) {
-      const std::uint8_t* row = src + i * kRowsAtOnce * Config::kRawBytes;
-      const uint2 codes = *reinterpret_cast<const uint2*>(row + chunk * kCodes);
-      uint2 low, high;
-      if constexpr (Config::kIsV4) {
-        const std::uint32_t scale = ue8m0_to_bf16x2(
-            row[Config::kRowCopyBytes + chunk * kCodes / static_cast<int>(MlaV4Layout::kGroup)]);
-        low = widen_to_bf16(codes.x, scale);
-        high = widen_to_bf16(codes.y, scale);
-      } else {
-        low = widen_to_f16(codes.x);
-        high = widen_to_f16(codes.y);
+    for (int first = 0; first < kRows; first += kBatch) {
+      uint2 codes[kBatch];
+      std::uint32_t scales[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const std::uint8_t* row = src + (first + i) * kRowsAtOnce * Config::kRawBytes;
+        codes[i] = *reinterpret_cast<const uint2*>(row + chunk * kCodes);
+        if constexpr (Config::kIsV4) {
+          scales[i] = row[Config::kRowCopyBytes + chunk * kCodes / kV4Group];
+        }
       }
-      *reinterpret_cast<uint4*>(dst[i % kPeriod] + i / kPeriod * 8 * kRowBytes) = {low.x, low.y,
-                                                                                   high.x, high.y};
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        uint2 low, high;
+        if constexpr (Config::kIsV4) {
+          const std::uint32_t scale = ue8m0_to_bf16x2(scales[i]);
+          low = widen_to_bf16(codes[i].x, scale);
+          high = widen_to_bf16(codes[i].y, scale);
+        } else {
+          low = widen_to_f16(codes[i].x);
+          high = widen_to_f16(codes[i].y);
+        }
+        *reinterpret_cast<uint4*>(dst[(first + i) % kPeriod] +
+                                  (first + i) / kPeriod * 8 * kRowBytes) = {low.x, low.y, high.x,
+                                                                            high.y};
+      }
     }
   }
 
+  constexpr int kRopeCopies = Config::kTokens * kRopeChunks / Config::kThreads;
+  static_assert(kRopeCopies * Config::kThreads == Config::kTokens * kRopeChunks);
+  uint4 rope[kRopeCopies];
 #pragma unroll
-  for (int i = thread; i < Config::kTokens * kRopeChunks; i += Config::kThreads) {
-    const int row = i / kRopeChunks;
-    const int rope_chunk = i % kRopeChunks;
-    *reinterpret_cast<uint4*>(tile + swizzled(row, kNope * 2 / kChunk + rope_chunk)) =
-        *reinterpret_cast<const uint4*>(raw + row * Config::kRawBytes + kRope +
-                                        rope_chunk * kChunk);
+  for (int i = 0; i < kRopeCopies; ++i) {
+    const int at = thread + i * Config::kThreads;
+    rope[i] = *reinterpret_cast<const uint4*>(raw + at / kRopeChunks * Config::kRawBytes + kRope +
+                                              at % kRopeChunks * kChunk);
+  }
+#pragma unroll
+  for (int i = 0; i < kRopeCopies; ++i) {
+    const int at = thread + i * Config::kThreads;
+    *reinterpret_cast<uint4*>(
+        tile + swizzled(at / kRopeChunks, kNope * 2 / kChunk + at % kRopeChunks)) = rope[i];
   }
 
   if constexpr (Config::kIsV32) {
