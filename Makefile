@@ -3,8 +3,10 @@
 # make test   build everything, run the C++ tests, then the Python tests
 # make lint   ruff, mypy, clang-format     make format   fix what they can
 # make asan   the C++ tests and the hostile-metadata Python tests under ASan and UBSan
-# make bench  the CPU backend against the reference
+# make bench  every op against its peers: on a GPU where there is one, else on the CPU
 # make cuda-build  compile the CUDA backend (needs nvcc, no GPU)
+# make cuda-archs  the same for the architectures that a default build leaves to PTX or to SM80's code
+# make memcheck    a few calls of every op under compute-sanitizer (needs a GPU)
 #
 # Everything lives in .venv and build/. DSA_CUDA=ON|OFF|AUTO; by default CUDA is built only where a GPU
 # is visible too.
@@ -17,7 +19,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CPP_FILES = $(shell git ls-files "*.h" "*.cpp" "*.cu" "*.cuh")
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test install build-tests ctest pytest lint format asan bench cuda-build clean gtest
+.PHONY: demo test install build-tests ctest pytest lint format asan bench cuda-build cuda-archs memcheck clean gtest
 
 demo: install
 	$(BIN)/python examples/byte_lm.py
@@ -83,6 +85,16 @@ asan: $(VENV)/.deps gtest
 cuda-build: $(VENV)/.deps
 	$(BIN)/cmake -S . -B build/cuda -G Ninja -DDSA_CUDA=ON -DDSA_BUILD_PYTHON=OFF >/dev/null
 	$(BIN)/cmake --build build/cuda
+
+CUDA_ARCHS := 86 89 100 120
+cuda-archs: $(VENV)/.deps
+	for arch in $(CUDA_ARCHS); do \
+	  $(BIN)/cmake -S . -B build/cuda-$$arch -G Ninja -DDSA_CUDA=ON -DDSA_CUDA_ARCHS=$$arch \
+	    -DDSA_BUILD_PYTHON=OFF >/dev/null && $(BIN)/cmake --build build/cuda-$$arch || exit 1; \
+	done
+
+memcheck: install
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python tests/python/memcheck.py
 
 clean:
 	rm -rf build

@@ -24,11 +24,12 @@ bool is_known_kernel(std::string_view id) {
 }
 
 template <typename Params>
-Support supports(const Kernel<Params>& kernel, const Params& p) {
+Support supports(const Kernel<Params>& kernel, const Params& p, bool forced) {
   if (kernel.device != p.launch.device.type) {
     return {"takes " + std::string(kernel.device == DeviceType::kCpu ? "cpu" : "cuda") +
             " tensors, not " + device_name(p.launch.device)};
   }
+  if (!forced && kernel.loses != nullptr && kernel.loses(p)) return {"slower here than another"};
   return kernel.supports(p);
 }
 
@@ -94,12 +95,11 @@ Status dispatch(const Params& p) {
   std::string reasons;
   for (const Kernel<Params>& kernel : kernels<Params>()) {
     if (!forced.empty() && forced != kernel.id) continue;
-    const Support support = supports(kernel, p);
+    const Support support = supports(kernel, p, !forced.empty());
     if (!support.ok()) {
       reasons += (reasons.empty() ? "" : "; ") + std::string(kernel.id) + ": " + support.reason;
       continue;
     }
-    if (forced.empty() && kernel.loses != nullptr && kernel.loses(p)) continue;
     if (const char* log = std::getenv("DSA_LOG"); log != nullptr && std::strcmp(log, "1") == 0) {
       std::fprintf(stderr, "dsa_ext: %s -> %s\n", Params::kOp, kernel.id);
     }

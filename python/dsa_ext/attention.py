@@ -103,7 +103,7 @@ def flash_mla_with_kvcache(
     Sparse with ``indices``, dense with ``block_table`` and ``cache_seqlens``.
 
     Args:
-        q: bfloat16 or float16 [b, s_q, h_q, d_qk].
+        q: bfloat16 or float16 [b, s_q, h_q, d_qk]; with an 8-bit cache float16 on the CPU only.
         k_cache: like q [pages, page_size, 1, d_qk]; or, with is_fp8_kvcache, 8-bit
             [pages, page_size, 1, 656] (d_qk 576) or [pages, page_size, 1, 584] (d_qk 512), see
             docs/kv_cache_layout.md. Any page size, any page stride.
@@ -123,9 +123,10 @@ def flash_mla_with_kvcache(
         topk_length: int32 [b] or [b, s_q]: slots from there on are ignored, unread.
         extra_topk_length: the same for extra_indices_in_kvcache.
         out: the pair to write into.
-        batch_invariant: a row's bits do not depend on the rest of the batch (always so on the CPU).
-        workspace: uint8 scratch memory of the call, so that nothing is allocated;
-            ``dsa_ext.MAX_WORKSPACE_BYTES`` always suffice.
+        batch_invariant: a row's bits do not depend on the rest of the batch (always so on the CPU);
+            on a GPU they then depend on the width of indices or block_table alone.
+        workspace: uint8 scratch memory of the call, 16-byte aligned, so that nothing is allocated;
+            ``dsa_ext.MAX_WORKSPACE_BYTES`` always suffice. Calls on one stream may share it.
 
     Returns:
         out like q [b, s_q, h_q, head_dim_v]; lse float32 [b, h_q, s_q] (natural log, without the

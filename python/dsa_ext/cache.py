@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes to and gathers from the paged caches (byte layouts: docs/kv_cache_layout.md).
 
-A slot is page * page_size + offset. Every function raises ValueError for a wrong argument (one
-line: argument, expected, got).
+A slot is page * page_size + offset. Where two tokens of one write have the same slot, the later one
+is kept on the CPU; on a GPU the row is undefined. Every function raises ValueError for a wrong
+argument (one line: argument, expected, got).
 """
 
 from __future__ import annotations

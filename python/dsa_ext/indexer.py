@@ -190,17 +190,26 @@ def fp8_mqa_topk(
         k: how many keys to keep, >= 1.
         return_scores: also return the fp32 logits of the kept keys.
         out: int32 [S, k], or with return_scores the pair (indices, float32 [S, k]).
-        workspace: uint8 scratch memory of the call, so that nothing is allocated;
-            ``dsa_ext.MAX_WORKSPACE_BYTES`` always suffice.
+        workspace: uint8 scratch memory of the call, 16-byte aligned, so that nothing is allocated;
+            ``dsa_ext.MAX_WORKSPACE_BYTES`` always suffice. Calls on one stream may share it.
 
     Returns:
         int32 [S, k] rows of kv, by the contract of :func:`dsa_ext.topk_select`; with return_scores
-        (indices, scores), scores -inf where padded.
+        (indices, scores), scores -inf where padded. On a GPU: at most 2**24 keys.
     """
     keys, k_scale = kv
     indices, scores = topk_outputs("fp8_mqa_topk", q, q.shape[:1], k, return_scores, out)
     ops.fp8_mqa_topk(
-        q, keys, k_scale, weights, cu_seq_len_k_start, cu_seq_len_k_end, k, indices, scores, workspace
+        q,
+        keys,
+        k_scale,
+        weights,
+        cu_seq_len_k_start,
+        cu_seq_len_k_end,
+        k,
+        indices,
+        scores,
+        workspace,
     )
     return indices if scores is None else (indices, scores)
 

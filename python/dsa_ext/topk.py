@@ -168,7 +168,8 @@ def merge_topk(
 
     Returns:
         int32 [R, k] by the order of :func:`topk_select` (ties go to the lower index), ascending by
-        index, padded with -1; with return_scores the pair (indices, scores).
+        index, padded with -1; with return_scores the pair (indices, scores). On a GPU the smaller
+        of k and N is at most 8192.
     """
     merged, kept = topk_outputs("merge_topk", scores, scores.shape[:1], k, return_scores, out)
     ops.merge_topk(scores, indices, k, merged, kept)

@@ -74,6 +74,16 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     assert len(wrong) == 0, f"{len(wrong)} bytes differ, first at {wrong[0].tolist()}"
 
 
+def assert_same_codes(actual: Tensor, expected: Tensor) -> None:
+    """The same bits, but for the sign of an e4m3 NaN: that of inf / inf is the machine's."""
+
+    def positive_nan(t: Tensor) -> Tensor:
+        codes = bits(t)
+        return torch.where((codes & 0x7F) == 0x7F, codes & 0x7F, codes)
+
+    assert_same_bits(positive_nan(actual), positive_nan(expected))
+
+
 def storage_bytes(t: Tensor) -> Tensor:
     """Every byte of the memory under a tensor: what lies between its elements too."""
     return torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())

@@ -32,6 +32,7 @@ from helpers import (
     assert_close,
     assert_lse_close,
     assert_same_bits,
+    assert_same_codes,
     exact_e4m3,
     hostile,
     latent_cache,
@@ -53,6 +54,7 @@ def assert_equal_values(actual: Tensor, expected: Tensor) -> None:
 
 RULES: dict[str, Callable[[Tensor, Tensor], None]] = {
     "bits": assert_same_bits,
+    "codes": assert_same_codes,
     "values": assert_equal_values,
     "lse": assert_lse_close,
     "logits": functools.partial(assert_close, tolerance=LOGITS_TOLERANCE),
@@ -556,7 +558,7 @@ def cast(s: Sizes) -> Case:
     x = (torch.randn(shape) * s.of(1e-6, 1.0, 3e4)).to(s.of(FP32, BF16, FP16))
     kwargs = {"x": s.loose(x), "use_ue8m0": s.maybe()}
     outs = [(shape, E4M3), ((*shape[:-1], -(-shape[-1] // 128)), FP32)]
-    return Case("per_token_cast_to_fp8", kwargs, outs, ["bits", "bits"])
+    return Case("per_token_cast_to_fp8", kwargs, outs, ["codes", "bits"])
 
 
 KINDS: dict[str, Callable[[Sizes], Case]] = {

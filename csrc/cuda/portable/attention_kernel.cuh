@@ -34,10 +34,12 @@ namespace dsa::cuda {
 
 inline constexpr float kAttentionInf = __builtin_huge_valf();
 // A CTA's, of the architecture that is compiled for.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
+inline constexpr std::size_t kMostSharedBytes = 227 * 1024;
+#elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
 inline constexpr std::size_t kMostSharedBytes = 163 * 1024;
 #else
-inline constexpr std::size_t kMostSharedBytes = 227 * 1024;
+inline constexpr std::size_t kMostSharedBytes = 99 * 1024;
 #endif
 inline constexpr float kLn2 = 0.693147180559945309f;
 

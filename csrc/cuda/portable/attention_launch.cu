@@ -156,10 +156,14 @@ AttentionArgs common_args(const TensorView& q, const TensorView& out, const Tens
   return a;
 }
 
-Support takes(LatentFormat format, std::int64_t heads, std::int64_t keys, const Launch& launch) {
+Support takes(LatentFormat format, std::int64_t rows, std::int64_t heads, std::int64_t keys,
+              const Launch& launch) {
   const DeviceLimits& limits = device_limits(launch.device);
   if (limits.arch < 80) return {"SM80 or newer, not SM" + std::to_string(limits.arch)};
-  if (heads > 128) return {"1 to 128 heads, not " + std::to_string(heads)};
+  constexpr std::int64_t kFewestHeads = 16;  // a tile
+  if (heads > kMaxGridX || rows > kMaxGridX / ceil_div(heads, kFewestHeads)) {
+    return {"fewer query tokens times heads"};
+  }
   if (keys > kMaxKeys) return {"at most 2^30 keys a row, not " + std::to_string(keys)};
   if (choose_instance(format, 1, limits.shared_bytes_per_cta) == nullptr) {
     return {"more shared memory than this device has"};
@@ -200,10 +204,10 @@ SplitPlan plan_splits(const KvCacheFwdParams& p) {
 
   if (p.batch_invariant) {
     // From the row's own shape alone: a split for every 1024 keys.
-    const std::int64_t splits =
-        std::min(ceil_div<std::int64_t>(tiles * instance->tokens, 1024), most_splits);
-    return {instance, rows, affordable_rows(std::max<std::int64_t>(splits, 1)),
-            static_cast<int>(std::max<std::int64_t>(splits, 1))};
+    const std::int64_t splits = std::clamp<std::int64_t>(
+        ceil_div<std::int64_t>(tiles * instance->tokens, 1024), 1,
+        std::min(most_splits, std::max<std::int64_t>(kMaxWorkspaceBytes / bytes_per_split, 1)));
+    return {instance, rows, affordable_rows(splits), static_cast<int>(splits)};
   }
   // The fewest tile times until the last CTA is done: a CTA costs about two tiles beside its own.
   constexpr std::int64_t kCtaOverhead = 2;
@@ -234,7 +238,8 @@ SplitPlan plan_splits(const KvCacheFwdParams& p) {
 
 Support sparse_fwd_takes(const SparseFwdParams& p) {
   const Support dims = mla_dims(p.q.size(2), p.d_v);
-  return dims.ok() ? takes(format_of(p.kv), p.q.size(1), p.indices.size(2), p.launch) : dims;
+  return dims.ok() ? takes(format_of(p.kv), p.q.size(0), p.q.size(1), p.indices.size(2), p.launch)
+                   : dims;
 }
 
 Status sparse_fwd(const SparseFwdParams& p) {
@@ -261,7 +266,7 @@ Support kvcache_fwd_takes(const KvCacheFwdParams& p) {
     const Support dims = mla_dims(p.q.size(3), p.head_dim_v);
     if (!dims.ok()) return dims;
   }
-  return takes(format_of(p.k_cache), p.q.size(2), keys_of(p), p.launch);
+  return takes(format_of(p.k_cache), p.q.size(0) * p.q.size(1), p.q.size(2), keys_of(p), p.launch);
 }
 
 std::int64_t kvcache_fwd_workspace_bytes(const KvCacheFwdParams& p) {

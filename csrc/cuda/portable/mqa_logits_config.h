@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cuda/common/fast_divisor.h"
 #include "dsa/host_device.h"
 #include "dsa/kv_layout.h"
 
@@ -31,25 +32,6 @@ struct KeyWindow {
 struct KeyAddress {
   const std::uint8_t* values = nullptr;  // e4m3 [D]
   const std::uint8_t* scale = nullptr;   // f32
-};
-
-// n / divisor for n < 2^31 and 1 <= divisor < 2^31, by a multiplication (Granlund and Montgomery).
-class FastDivider {
- public:
-  FastDivider() = default;
-  explicit FastDivider(std::uint32_t divisor) {
-    while ((std::uint64_t{1} << shift_) < divisor) ++shift_;
-    const std::uint64_t excess = (std::uint64_t{1} << shift_) - divisor;
-    multiplier_ = static_cast<std::uint32_t>((excess << 32) / divisor + 1);
-  }
-  DSA_HOST_DEVICE std::uint32_t divide(std::uint32_t n) const {
-    const std::uint64_t product = std::uint64_t{n} * multiplier_;
-    return (static_cast<std::uint32_t>(product >> 32) + n) >> shift_;
-  }
-
- private:
-  std::uint32_t multiplier_ = 1;
-  std::uint32_t shift_ = 0;
 };
 
 // One group of rows over contiguous keys.
@@ -99,7 +81,7 @@ struct PagedKeys {
   std::int64_t next_n;
   std::int64_t num_keys;  // at most P * page_size
   IndexerLayout layout;
-  FastDivider page_size;  // layout.page_size, or more than all keys
+  FastDivisor page_size;  // layout.page_size, or more than all keys
   bool lens_of_rows;      // lens is [B, next_n]
 
   DSA_HOST_DEVICE KeyWindow window(std::int64_t request, std::int64_t row) const {
@@ -111,12 +93,12 @@ struct PagedKeys {
   }
 
   DSA_HOST_DEVICE std::int32_t look_up(std::int64_t request, std::uint32_t key) const {
-    return table[request * table_stride + page_size.divide(key)];
+    return table[request * table_stride + page_size.quotient_of_31_bits(key)];
   }
 
   DSA_HOST_DEVICE KeyAddress locate(std::int32_t page, std::uint32_t key) const {
     if (page < 0 || page >= num_pages) return {};
-    const std::int64_t offset = key - page_size.divide(key) * layout.page_size;
+    const std::int64_t offset = key - page_size.quotient_of_31_bits(key) * layout.page_size;
     const std::uint8_t* base = cache + page * page_stride;
     return {base + layout.values(offset), base + layout.scale(offset)};
   }

@@ -73,8 +73,7 @@ inline MqaTask<PagedKeys> make_task(const PagedMqaLogitsParams& p) {
   keys.num_pages = p.kv_cache.size(0);
   keys.layout = {p.q.size(-1), p.kv_cache.size(1)};
   constexpr std::int64_t kMostKeys = std::numeric_limits<std::int32_t>::max();
-  keys.page_size =
-      FastDivider(static_cast<std::uint32_t>(std::min(keys.layout.page_size, kMostKeys)));
+  keys.page_size = FastDivisor(std::min(keys.layout.page_size, kMostKeys));
   keys.table = p.block_table.ptr<const std::int32_t>();
   keys.table_stride = p.block_table.stride(0);
   keys.lens = p.context_lens.ptr<const std::int32_t>();

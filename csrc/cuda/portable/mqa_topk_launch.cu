@@ -84,10 +84,12 @@ TensorView ends_view(const TensorView& workspace, std::int64_t rows, std::int64_
 
 // The kernels that dispatch prefers, so that the fused ops equal the two steps.
 Status logits(const MqaLogitsParams& p) {
-  return e4m3_products_are_widened(p) ? mqa_logits(p) : mqa_logits_e4m3(p);
+  const bool native = !e4m3_products_are_widened(p) && mqa_logits_e4m3_takes(p).ok();
+  return native ? mqa_logits_e4m3(p) : mqa_logits(p);
 }
 Status logits(const PagedMqaLogitsParams& p) {
-  return e4m3_products_are_widened(p) ? paged_mqa_logits(p) : paged_mqa_logits_e4m3(p);
+  const bool native = !e4m3_products_are_widened(p) && paged_mqa_logits_e4m3_takes(p).ok();
+  return native ? paged_mqa_logits_e4m3(p) : paged_mqa_logits(p);
 }
 
 dim3 flat_grid(std::int64_t items) {
