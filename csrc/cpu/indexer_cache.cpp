@@ -3,9 +3,9 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cpu/cpu_kernels.h"
 #include "core/page_table.h"
 #include "core/quant_group.h"
+#include "cpu/cpu_kernels.h"
 #include "cpu/ragged_slots.h"
 #include "cpu/slot_writes.h"
 #include "cpu/tensor_rows.h"

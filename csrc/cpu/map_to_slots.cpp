@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/cpu_kernels.h"
 #include "core/page_table.h"
+#include "cpu/cpu_kernels.h"
 #include "cpu/tensor_rows.h"
 #include "dsa/parallel.h"
 

@@ -5,9 +5,9 @@
 
 #include "core/fp8.h"
 #include "core/half.h"
-#include "cpu/cpu_kernels.h"
 #include "core/page_table.h"
 #include "core/quant_group.h"
+#include "cpu/cpu_kernels.h"
 #include "cpu/ragged_slots.h"
 #include "cpu/slot_writes.h"
 #include "cpu/tensor_rows.h"

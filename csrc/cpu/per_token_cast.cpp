@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu/cpu_kernels.h"
 #include "core/quant_group.h"
+#include "cpu/cpu_kernels.h"
 #include "cpu/tensor_rows.h"
 #include "dsa/parallel.h"
 

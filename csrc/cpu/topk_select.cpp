@@ -3,8 +3,8 @@
 #include <cstdint>
 #include <limits>
 
-#include "cpu/cpu_kernels.h"
 #include "core/page_table.h"
+#include "cpu/cpu_kernels.h"
 #include "cpu/tensor_rows.h"
 #include "cpu/topk_row.h"
 #include "dsa/parallel.h"

@@ -13,8 +13,8 @@
 #include <vector>
 
 #include "core/half.h"
-#include "cpu/cpu_kernels.h"
 #include "core/page_table.h"
+#include "cpu/cpu_kernels.h"
 #include "cpu/topk_row.h"
 #include "view.h"
 

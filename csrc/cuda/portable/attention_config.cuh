@@ -37,7 +37,8 @@ struct AttentionConfig {
 
   // V3.2's scales are no powers of two and must not be rounded into K or V. The tile keeps its e4m3
   // values, exact in f16; for K the scales enter the fp32 scores, for V the probabilities, which
-  // f16 rounds by 2^-11 at most. RoPE stays bf16. The other formats are one type throughout, of q too.
+  // f16 rounds by 2^-11 at most. RoPE stays bf16. The other formats are one type throughout, of q
+  // too.
   using QueryElement = std::conditional_t<kFormat == LatentFormat::kF16, __half, __nv_bfloat16>;
   using ValueElement = std::conditional_t<kIsV32, __half, QueryElement>;
   static constexpr int kScales = kIsV32 ? MlaV32Layout::kNumScales : 1;
