@@ -101,7 +101,9 @@ def train(plan: Plan, model: ByteLM, trainer: Trainer, seed: int) -> tuple[ByteL
 
 
 def serves_on_gpu() -> bool:
-    """Whether this build of dsa_ext has a CUDA kernel for every op."""
+    """Whether there is a GPU of SM80 or newer and this build has a CUDA kernel for every op."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        return False
     kernels = _C.kernels()
     with_cuda = {kernel["op"] for kernel in kernels if kernel["device"] == "cuda"}
     return with_cuda == {kernel["op"] for kernel in kernels}
@@ -116,7 +118,7 @@ def main() -> None:
     begin = time.perf_counter()
     plan = QUICK if args.quick else Plan()
     torch.manual_seed(args.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() and serves_on_gpu() else "cpu")
+    device = torch.device("cuda" if serves_on_gpu() else "cpu")
 
     corpus = load_corpus()
     config = model_config(plan)

@@ -111,13 +111,13 @@ def share_read(config: DSAConfig, context: int) -> tuple[float, float]:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Columns, the first to the left unless it has numbers, the others to the right."""
+    """Columns to the right; the first, if it has no heading, holds names: to the left."""
     lines = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  "
         + "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
+            cell.ljust(width) if i == 0 and not header[0] else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         for line in lines
