@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from dsa_ext import reference
 
 LOGITS = 5e-6
 DECODE = 5e-6
@@ -58,6 +62,26 @@ def close_lse(ours: Tensor, theirs: Tensor) -> None:
     """Within 1e-6 absolute or 1e-4 relative."""
     same = torch.isclose(ours.double(), theirs.double(), rtol=1e-4, atol=1e-6)
     require(bool(same.all()), f"lse: {int((~same).sum())} of {same.numel()} values differ")
+
+
+def sparse_decode(
+    out: Tensor, lse: Tensor, some: Tensor, q: Tensor, cache: Tensor, indices: Tensor, **more: Any
+) -> None:
+    """Requests `some` of a decode over an FP8 cache; `more`: further arguments, of theirs alone."""
+    expected, expected_lse = reference.flash_mla_with_kvcache(
+        q[some],
+        cache,
+        None,
+        None,
+        out.shape[-1],
+        None,
+        is_fp8_kvcache=True,
+        indices=indices[some],
+        out_dtype=torch.float32,
+        **more,
+    )
+    close("out", out[some], expected, DECODE)
+    close_lse(lse[some], expected_lse)
 
 
 def selection(indices: Tensor, scores: Tensor, k: int) -> None:
