@@ -138,6 +138,19 @@ def test_sparse_fwd_of_rows_with_nothing_valid(device):
 
 
 @pytest.mark.ops("flash_mla_sparse_fwd")
+def test_sparse_fwd_of_rows_with_nothing_above_minus_infinity(device):
+    """Valid keys with scores of -inf are no keys, though their infinite values were weighed."""
+    case = sparse_case(3, 5, 576, 512, 50, 40, BF16, device, sink=True)
+    case["q"][1, :, 7] = -1.0
+    case["kv"][:, :, 7] = INF
+    case["q"][0, :, 7] = case["q"][2, :, 7] = 1.0
+    out, max_logits, lse = check_sparse(case)
+    assert (out[1] == 0).all()
+    assert torch.isneginf(max_logits[1]).all()
+    assert torch.isposinf(lse[1]).all()
+
+
+@pytest.mark.ops("flash_mla_sparse_fwd")
 @pytest.mark.parametrize(("s_q", "h_q", "s_kv"), [(0, 4, 9), (3, 4, 0), (0, 4, 0)])
 def test_sparse_fwd_of_nothing(device, s_q, h_q, s_kv):
     q = torch.randn(s_q, h_q, 576, device=device).to(BF16)

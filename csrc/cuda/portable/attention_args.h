@@ -18,7 +18,8 @@ struct LatentRows {
   FastDivisor page_size;           // slots are int32: a larger page than 2^31 is one page
   std::int64_t page_stride = 0;    // bytes
   std::int64_t token_stride = 0;   // bytes
-  std::int64_t scales_offset = 0;  // bytes from a page's begin to its scales (V4)
+  std::int64_t scales_offset = 0;  // bytes from a page's begin to its first scales, if FP8
+  std::int64_t scales_stride = 0;  // bytes from token to token
   bool aligned = true;             // every row on 16 bytes
 };
 

@@ -21,10 +21,13 @@ enum class LatentFormat { kBf16, kF16, kMlaV32, kMlaV4 };
 
 inline constexpr int kMaxDimQk = 576;
 inline constexpr int kMaxDimV = 512;
+inline constexpr int kMaxFp8RowBytes = 640;      // 512 e4m3, 64 bf16; in whole swizzles
 inline constexpr int kDimBlock = 64;             // dims: 128 bytes, the span of a swizzle
-inline constexpr int kRowBytes = kMaxDimQk * 2;  // pitch of q and of the key tile
+inline constexpr int kRowBytes = kMaxDimQk * 2;  // pitch of q, and of keys of 16 bits
 inline constexpr int kChunk = 16;                // bytes: one ldmatrix row, one cp.async
-static_assert(kRowBytes % (2 * kDimBlock) == 0);
+inline constexpr int kSwizzle = 8;               // chunks, and rows, of a swizzle
+static_assert(kRowBytes % (kSwizzle * kChunk) == 0);
+inline constexpr int kRopeChunks = kDimBlock * 2 / kChunk;  // of an FP8 row
 
 template <LatentFormat kFormat_, int kHeads_, int kTokens_>
 struct AttentionConfig {
@@ -35,13 +38,23 @@ struct AttentionConfig {
   static constexpr bool kIsV4 = kFormat == LatentFormat::kMlaV4;
   static constexpr bool kIsFp8 = kIsV32 || kIsV4;
 
-  // V3.2's scales are no powers of two and must not be rounded into K or V. The tile keeps its e4m3
-  // values, exact in f16; for K the scales enter the fp32 scores, for V the probabilities, which
-  // f16 rounds by 2^-11 at most. RoPE stays bf16. The other formats are one type throughout, of q
-  // too.
+  // 16-bit rows are one type throughout, that of q. FP8 rows stay 8-bit in shared memory. As K
+  // their e4m3 values are widened to f16, exactly, to meet q in f16, and the scales enter the fp32
+  // scores. As V: V3.2's scales are no powers of two and must not be rounded into V, so they enter
+  // the probabilities, which f16 rounds by 2^-11 at most; V4's powers of two are multiplied into
+  // bf16 values. RoPE stays bf16.
   using QueryElement = std::conditional_t<kFormat == LatentFormat::kF16, __half, __nv_bfloat16>;
   using ValueElement = std::conditional_t<kIsV32, __half, QueryElement>;
-  static constexpr int kScales = kIsV32 ? MlaV32Layout::kNumScales : 1;
+  static constexpr int kNope =  // of an FP8 row
+      static_cast<int>(kIsV32 ? MlaV32Layout::kDimNope : MlaV4Layout::kDimNope);
+  static constexpr int kGroup =  // values of one scale
+      static_cast<int>(kIsV32 ? MlaV32Layout::kGroup : MlaV4Layout::kGroup);
+  static constexpr int kGroups = kNope / kGroup;
+  static constexpr int kScaleBytes =  // of a row
+      kIsV32 ? MlaV32Layout::kNumScales * 4 : static_cast<int>(MlaV4Layout::kScaleBytes);
+  static constexpr int kProbabilityTiles = kIsV32 ? kGroups : 1;
+  // Whether a column of V is e4m3 in shared memory.
+  static constexpr bool holds_codes(int column) { return kIsV32 || (kIsV4 && column < kNope); }
   // Room for probabilities below the largest, in f16.
   static constexpr float kProbabilityUnit = 0x1p-6f;
 
@@ -65,43 +78,37 @@ struct AttentionConfig {
   static constexpr int kNTiles = kTokens / (8 * kWarpsN);
   static_assert(kWarpsN % 2 == 0);
   // Accumulators in turn, to hide the latency of mma.sync where an SM has few warps.
-  static constexpr int kChains = kHeads == 64 ? 1 : 2;
-  static_assert(kScales == 1 || kScales % kChains == 0);
+  static constexpr int kChains = kHeads == 64 || kIsV4 ? 1 : 2;
+  static_assert(!kIsFp8 || kGroups % kChains == 0);
 
   // PV: each warp has all heads and kColumns of the value's dimensions.
   static constexpr int kRowTiles = kHeads / 16;
   static constexpr int kColumns = kMaxDimV / kWarps;
   static constexpr int kColumnTiles = kColumns / 8;
-  static_assert(!kIsV32 || MlaV32Layout::kGroup % kColumns == 0);
+  static_assert(!kIsV32 || kGroup % kColumns == 0);
 
-  // The key tile is double-buffered where cp.async fills it; FP8 rows arrive raw and are widened
-  // into one tile.
-  static constexpr int kTileStages = kIsFp8 ? 1 : 2;
-  static constexpr int kRowCopyBytes =  // of a raw row, without V4's scales
-      static_cast<int>(kIsV32 ? MlaV32Layout::kTokenBytes : MlaV4Layout::kDataBytes);
-  static constexpr int kRawBytes = kRowCopyBytes + (kIsV4 ? kChunk : 0);
-  static_assert(kRawBytes % kChunk == 0);
+  // A row of the key tile. FP8: values, then RoPE, as in memory; V3.2's scales, which stand between
+  // them there, and V4's are kept apart.
+  static constexpr int kTileRowBytes = kIsFp8 ? kMaxFp8RowBytes : kRowBytes;
+  static_assert(kTileRowBytes % (kSwizzle * kChunk) == 0);
+  static constexpr int kRopeChunk = kNope / kChunk;
+  static constexpr int kRowParts = kTileRowBytes / (kSwizzle * kChunk);
 
-  // Warps that QK leaves over load the next tile meanwhile; else all do. A lane copies kRowsPerLane
-  // rows of each tile, eight lanes together one row.
+  // Warps that QK leaves over load the next tile meanwhile; else all do.
   static constexpr int kLoadWarps = kWarps > kQkWarps ? kWarps - kQkWarps : kWarps;
-  static constexpr int kRowsPerWarp = kTokens / kLoadWarps;
-  static constexpr int kRowsPerLane = kRowsPerWarp / 4;
-  static_assert(kRowsPerLane * 4 == kRowsPerWarp);
 
   struct SharedStorage {
     alignas(128) std::uint8_t q[kHeads * kRowBytes];
-    alignas(128) std::uint8_t tile[kTileStages][kTokens * kRowBytes];
-    alignas(128) std::uint8_t p[kScales][kHeads * kTokens * 2];
+    alignas(128) std::uint8_t tile[2][kTokens * kTileRowBytes];  // this one and the next
+    alignas(128) std::uint8_t p[kProbabilityTiles][kHeads * kTokens * 2];
+    alignas(kChunk) std::uint8_t scales[2][kIsFp8 ? kTokens * kScaleBytes : kChunk];
     float row_max[kWarpsN][kHeads];  // of a tile
     float alpha[kHeads];             // what the output so far is multiplied by
     float base[2][kHeads];           // of the softmax, for this tile and the next
-    float q_factor[kIsV32 ? kHeads : 1];
-    float scale[kIsV32 ? kTokens : 1][kScales];
-    int scale_exponent[kScales];     // the largest so far, as the fp32 exponent field
-    std::uint8_t valid[2][kTokens];  // of this tile and the next
+    float q_factor[kIsFp8 ? kHeads : 1];
+    int scale_exponent[kProbabilityTiles];  // the largest so far, as the fp32 exponent field
+    std::uint8_t valid[2][kTokens];         // of this tile and the next
     KeySequence keys;
-    alignas(kChunk) std::uint8_t raw[kIsFp8 ? kTokens * kRawBytes : kChunk];
   };
 
   // What a CTA knows about its heads at the end, in the place of p.
@@ -111,7 +118,7 @@ struct AttentionConfig {
     float base[kHeads];
     float max[kHeads];
   };
-  static_assert(sizeof(Statistics) <= kScales * kHeads * kTokens * 2);
+  static_assert(sizeof(Statistics) <= sizeof(SharedStorage::p));
 };
 
 }  // namespace dsa::cuda

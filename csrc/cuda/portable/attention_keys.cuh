@@ -11,7 +11,7 @@ namespace dsa::cuda {
 
 struct KeyRow {
   const std::uint8_t* values = nullptr;  // nullptr: no valid row
-  const std::uint8_t* scales = nullptr;  // V4's second plane
+  const std::uint8_t* scales = nullptr;  // of FP8 rows
 };
 
 // The keys of one query token, numbered 0 .. size: the two lists one after the other, or the first
@@ -70,7 +70,7 @@ class KeySequence {
     const std::int64_t token = position - pages * rows.page_size.divisor();
     const std::uint8_t* base = rows.data + page * rows.page_stride;
     return {base + token * rows.token_stride,
-            base + rows.scales_offset + token * MlaV4Layout::kScaleBytes};
+            base + rows.scales_offset + token * rows.scales_stride};
   }
 
   __device__ static int list_size(const SlotList& list, std::int64_t b, std::int64_t j) {

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <numbers>
 #include <string>
 
 #include "cuda/common/launch.h"
@@ -17,7 +18,6 @@ namespace dsa::cuda {
 namespace {
 
 constexpr std::int64_t kMaxKeys = std::int64_t{1} << 30;
-constexpr double kLog2E = 1.44269504088896340736;
 
 struct Instance {
   LatentFormat format;
@@ -105,10 +105,15 @@ LatentRows paged_rows(const TensorView& cache) {
     return latent_rows(cache, pages, page_size, cache.stride(0) * 2, cache.stride(1) * 2);
   }
   if (format == LatentFormat::kMlaV32) {
-    return latent_rows(cache, pages, page_size, cache.stride(0), MlaV32Layout::kTokenBytes);
+    LatentRows rows =
+        latent_rows(cache, pages, page_size, cache.stride(0), MlaV32Layout::kTokenBytes);
+    rows.scales_offset = MlaV32Layout::scales(0);
+    rows.scales_stride = MlaV32Layout::kTokenBytes;
+    return rows;
   }
   LatentRows rows = latent_rows(cache, pages, page_size, cache.stride(0), MlaV4Layout::kDataBytes);
   rows.scales_offset = MlaV4Layout{page_size}.scales(0);
+  rows.scales_stride = MlaV4Layout::kScaleBytes;
   return rows;
 }
 
@@ -149,7 +154,7 @@ AttentionArgs common_args(const TensorView& q, const TensorView& out, const Tens
     a.sink = sink.ptr<const float>();
     a.sink_stride = sink.stride(0);
   }
-  a.scale_log2 = static_cast<float>(scale * kLog2E);
+  a.scale_log2 = static_cast<float>(scale * std::numbers::log2e);
   a.num_heads = static_cast<int>(q.size(-2));
   a.d_qk = static_cast<int>(q.size(-1));
   a.d_v = static_cast<int>(d_v);

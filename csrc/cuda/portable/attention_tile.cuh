@@ -5,9 +5,9 @@
 
 #include <cmath>
 #include <cstdint>
+#include <numbers>
 
-#include "cuda/portable/attention_rows.cuh"
-#include "cuda/ptx/mma.cuh"
+#include "cuda/portable/attention_fragments.cuh"
 
 namespace dsa::cuda {
 
@@ -20,33 +20,11 @@ inline constexpr std::size_t kMostSharedBytes = 163 * 1024;
 #else
 inline constexpr std::size_t kMostSharedBytes = 99 * 1024;
 #endif
-inline constexpr float kLn2 = 0.693147180559945309f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-
-template <typename Element>
-__device__ __forceinline__ std::uint32_t pack(float low, float high) {
-  if constexpr (std::is_same_v<Element, __half>) {
-    const __half2 v = __floats2half2_rn(low, high);
-    return reinterpret_cast<const std::uint32_t&>(v);
-  } else {
-    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const std::uint32_t&>(v);
-  }
-}
-
-template <typename Element>
-__device__ __forceinline__ float sum_of_pair(std::uint32_t packed) {
-  if constexpr (std::is_same_v<Element, __half>) {
-    const float2 v = __half22float2(reinterpret_cast<const __half2&>(packed));
-    return v.x + v.y;
-  } else {
-    return __uint_as_float(packed << 16) + __uint_as_float(packed & 0xFFFF'0000u);
-  }
 }
 
 // [kHeads, kTokens] probabilities, swizzled like the tile; 16-byte chunk `chunk` of row `row`.
@@ -74,7 +52,8 @@ class AttentionTile {
   static constexpr int kMTiles = Config::kMTiles;
   static constexpr int kNTiles = Config::kNTiles;
   using Scores = float[kMTiles][kNTiles][4];
-  using PairScores = float[kMTiles][2 * kNTiles][4];  // of this warp's tile and its neighbour's
+  using Fragments = QkFragments<Config>;
+  using PairScores = typename Fragments::Sums;  // of this warp's keys and its neighbour's
 
   __device__ AttentionTile(SharedStorage& shared, const AttentionArgs& args)
       : shared_(shared),
@@ -82,10 +61,7 @@ class AttentionTile {
         d_v_(args.d_v),
         blocks_((args.d_qk + kDimBlock - 1) / kDimBlock),
         warp_(threadIdx.x / 32),
-        lane_(threadIdx.x % 32),
-        warp_head_(warp_ / Config::kWarpsN * kMTiles * 16),
-        warp_key_(warp_ % Config::kWarpsN * kNTiles * 8),
-        column_(warp_ * Config::kColumns) {
+        lane_(threadIdx.x % 32) {
 #pragma unroll
     for (int i = 0; i < 2 * kMTiles; ++i) {
       max_[i] = -kAttentionInf;
@@ -106,42 +82,58 @@ class AttentionTile {
     return Config::kQkWarps == Config::kWarps || warp_ < Config::kQkWarps;
   }
 
-  // scores = q . k of the tile, in fp32, V3.2's scales applied.
-  __device__ void multiply_qk(const std::uint8_t* tile) {
+  // The largest scale of each group so far, where probabilities depend on it. A warp has one group
+  // of 32 keys.
+  __device__ void note_scales(int stage) {
+    if constexpr (Config::kIsV32) {
+      constexpr int kParts = Config::kTokens / 32;
+      static_assert(kParts * Config::kGroups <= Config::kWarps);
+      const int group = warp_ / kParts;
+      if (group >= Config::kGroups) return;
+      const float scale =
+          scale_of<Config>(shared_.scales[stage], warp_ % kParts * 32 + lane_, group);
+      const unsigned exponent = __reduce_max_sync(~0u, __float_as_uint(scale) >> 23 & 0xFFu);
+      if (lane_ == 0) atomicMax(&shared_.scale_exponent[group], static_cast<int>(exponent));
+    }
+  }
+
+  // scores = q . k of the tile, in fp32, scales applied. Calls between(part) with each part of a
+  // row that the next tile's copies have.
+  template <typename Between>
+  __device__ void multiply_qk(int stage, const Between& between) {
+    forget_addresses();
     constexpr int kChains = Config::kChains;
-    const QkFragments fragments(shared_, tile, warp_head_, pair_key(), warp_ % 2, lane_);
+    const Fragments fragments(shared_, stage, warp_head(), pair_key(), warp_ % 2, lane_);
     PairScores sums;
     clear(sums);
-    if constexpr (Config::kIsV32) {
-      constexpr int kBlocksPerScale = static_cast<int>(MlaV32Layout::kGroup) / kDimBlock;
+    if constexpr (Config::kIsFp8) {
 #pragma unroll 1
-      for (int group = 0; group < Config::kScales; group += kChains) {
+      for (int group = 0; group < Config::kGroups; group += kChains) {
+#pragma unroll
+        for (int c = 0; c < kChains; ++c) {
+          if (group + c < Config::kRowParts - 1) between(group + c);
+        }
         PairScores acc[kChains];
 #pragma unroll
         for (int c = 0; c < kChains; ++c) clear(acc[c]);
 #pragma unroll
-        for (int block = 0; block < kBlocksPerScale; ++block) {
+        for (int c = 0; c < kChains; ++c) fragments.multiply_group(group + c, acc[c]);
 #pragma unroll
-          for (int c = 0; c < kChains; ++c) {
-            fragments.template multiply<ValueElement>((group + c) * kBlocksPerScale + block,
-                                                      acc[c]);
-          }
-        }
-#pragma unroll
-        for (int c = 0; c < kChains; ++c) add_scaled(acc[c], group + c, sums);
+        for (int c = 0; c < kChains; ++c) add_scaled(acc[c], stage, group + c, sums);
       }
+      between(Config::kRowParts - 1);
       multiply_by_q_factor(sums);
-      constexpr int kRopeBlock = static_cast<int>(MlaV32Layout::kDimNope) / kDimBlock;
-      fragments.template multiply<QueryElement>(kRopeBlock, sums);
+      fragments.template multiply_block<QueryElement>(Config::kNope / kDimBlock, 0, sums);
     } else {
       constexpr int kMaxBlocks = kMaxDimQk / kDimBlock;
       PairScores odd;
       clear(odd);
 #pragma unroll
       for (int block = 0; block < kMaxBlocks; ++block) {
-        if (block >= blocks()) break;
-        fragments.template multiply<QueryElement>(block,
-                                                  kChains > 1 && block % 2 == 1 ? odd : sums);
+        if (block >= blocks_) break;
+        between(block);
+        fragments.template multiply_block<QueryElement>(block, block,
+                                                        kChains > 1 && block % 2 == 1 ? odd : sums);
       }
       if constexpr (kChains > 1) add(odd, sums);
     }
@@ -150,6 +142,7 @@ class AttentionTile {
 
   // The tile's maxima of this warp's heads, over this warp's keys; masks invalid keys.
   __device__ void publish_maxima(int tile) {
+    forget_addresses();
     const std::uint8_t* valid = shared_.valid[tile & 1];
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
@@ -177,7 +170,8 @@ class AttentionTile {
   }
 
   // Probabilities to shared memory, and what older output has to be multiplied by.
-  __device__ void publish_probabilities(int tile) {
+  __device__ void publish_probabilities(int tile, int stage) {
+    forget_addresses();
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
       float base[2];
@@ -215,7 +209,8 @@ class AttentionTile {
           sum_[2 * m + half] += p0 + p1;
           if constexpr (!Config::kIsV32) {
             const std::uint32_t packed = pack<ValueElement>(p0, p1);
-            weight_[2 * m + half] += sum_of_pair<ValueElement>(packed);
+            const float2 rounded = unpack<ValueElement>(packed);
+            weight_[2 * m + half] += rounded.x + rounded.y;
             store_p(0, head_of(m, half), key_of(n), packed);
           } else {
             scores_[m][n][2 * half] = p0;
@@ -224,19 +219,17 @@ class AttentionTile {
         }
       }
     }
-    if constexpr (Config::kIsV32) store_scaled_probabilities();
+    if constexpr (Config::kIsV32) store_scaled_probabilities(stage);
   }
 
   // out = out * alpha + p . v
-  __device__ void multiply_pv(const std::uint8_t* tile) {
-    if (column_ >= d_v()) return;
-    const int group = Config::kIsV32 ? column_ / static_cast<int>(MlaV32Layout::kGroup) : 0;
+  __device__ void multiply_pv(int stage) {
+    forget_addresses();
+    if (column() >= d_v()) return;
+    const int group = Config::kIsV32 ? column() / Config::kGroup : 0;
     rescale(group);
     const std::uint32_t p_base = ptx::shared_address(shared_.p[group]);
-    const std::uint32_t v_base = ptx::shared_address(tile) + (lane_ % 16) * kRowBytes +
-                                 column_ / kDimBlock * (2 * kDimBlock);
-    const std::uint32_t v_chunk =
-        static_cast<std::uint32_t>((column_ % kDimBlock / 8) ^ (lane_ / 16) ^ (lane_ & 7)) * kChunk;
+    const ValueFragments<Config> values(shared_, stage, column(), lane_);
 #pragma unroll
     for (int k = 0; k < Config::kTokens; k += 16) {
       std::uint32_t a[Config::kRowTiles][4];
@@ -246,17 +239,15 @@ class AttentionTile {
             a[r], p_base + p_offset<Config::kTokens>(16 * r + lane_ % 16, k / 8 + lane_ / 16));
       }
 #pragma unroll
-      for (int c = 0; c < Config::kColumnTiles; c += 2) {
+      for (int block = 0; block < Config::kColumns / kDimBlock; ++block) {
         // Dimensions come in blocks of 64: whole or not at all.
-        if (c % 8 == 0 && c > 0 && column_ + 8 * c >= d_v()) break;
-        std::uint32_t b[4];
-        ptx::ldmatrix_x4_trans(
-            b, v_base + k * kRowBytes + c / 8 * (2 * kDimBlock) + (v_chunk ^ (c % 8 * kChunk)));
+        if (block > 0 && column() + block * kDimBlock >= d_v()) break;
+        values.load_block(k, block, [&](int c, std::uint32_t b0, std::uint32_t b1) {
 #pragma unroll
-        for (int r = 0; r < Config::kRowTiles; ++r) {
-          ptx::mma_16816<ValueElement>(out_[r][c], a[r], b[0], b[1]);
-          ptx::mma_16816<ValueElement>(out_[r][c + 1], a[r], b[2], b[3]);
-        }
+          for (int r = 0; r < Config::kRowTiles; ++r) {
+            ptx::mma_16816<ValueElement>(out_[r][8 * block + c], a[r], b0, b1);
+          }
+        });
       }
     }
   }
@@ -290,10 +281,9 @@ class AttentionTile {
     return statistics;
   }
 
-  // store(head, column, x0, x1) for every pair of neighbouring columns of the output times
-  // factor(head).
-  template <typename Factor, typename Store>
-  __device__ void store_out(const Factor& factor, const Store& store) const {
+  // store(head, column, x0, x1) for every pair of neighbouring columns of the output times alpha.
+  template <typename Store>
+  __device__ void store_out(const Store& store) const {
     float unit = 1.0f;
     if constexpr (Config::kIsV32) {
       unit = 1.0f / Config::kProbabilityUnit * power_of_two(scale_exponent_);
@@ -303,12 +293,23 @@ class AttentionTile {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int head = 16 * r + 8 * half + lane_ / 4;
-        const float f = factor(head);
+        const float f = shared_.alpha[head] * unit;
+        const auto times_f = [&](float x) { return f < 0.0f ? 0.0f : x * f; };
 #pragma unroll
-        for (int c = 0; c < Config::kColumnTiles; ++c) {
-          const int column = column_ + 8 * c + lane_ % 4 * 2;
-          if (column >= d_v()) break;
-          store(head, column, out_[r][c][2 * half] * f * unit, out_[r][c][2 * half + 1] * f * unit);
+        for (int c = 0; c < Config::kColumnTiles; c += 2) {
+          const int first = column() + 8 * c;
+          if (first >= d_v()) break;
+          const float x[2] = {times_f(out_[r][c][2 * half]), times_f(out_[r][c][2 * half + 1])};
+          const float y[2] = {times_f(out_[r][c + 1][2 * half]),
+                              times_f(out_[r][c + 1][2 * half + 1])};
+          // Two products of 8 columns, or of the even and the odd of 16: ValueFragments.
+          if (Config::holds_codes(first)) {
+            store(head, first + lane_ % 4 * 4, x[0], y[0]);
+            store(head, first + lane_ % 4 * 4 + 2, x[1], y[1]);
+          } else {
+            store(head, first + lane_ % 4 * 2, x[0], x[1]);
+            store(head, first + lane_ % 4 * 2 + 8, y[0], y[1]);
+          }
         }
       }
     }
@@ -317,54 +318,22 @@ class AttentionTile {
  private:
   // An 8-bit cache fixes its dimensions.
   __device__ int d_v() const { return Config::kIsFp8 ? kMaxDimV : d_v_; }
-  __device__ int blocks() const {
-    return Config::kIsV4 ? static_cast<int>(MlaV4Layout::kDim) / kDimBlock : blocks_;
-  }
 
   // Only prefill, from 16-bit rows, returns the maximum.
   static constexpr bool kKeepsMax = !Config::kIsFp8;
   // Scores move on by this much (in powers of two) before output and sums are rescaled to them.
   static constexpr float kLazyRescale = 8.0f;
 
-  // Addresses of this lane's ldmatrix rows, for QK: half of every 64 dims, two warps' keys.
-  struct QkFragments {
-    std::uint32_t a_base, a_chunk, b_base, b_chunk;
+  // What follows from the lane and the warp is worked out anew from here on: kept from step to step
+  // of a tile it would cost the products' registers.
+  __device__ void forget_addresses() { asm volatile("" : "+r"(warp_), "+r"(lane_)); }
 
-    __device__ QkFragments(const SharedStorage& shared, const std::uint8_t* tile, int head, int key,
-                           int half, int lane)
-        : a_base(ptx::shared_address(shared.q) + (head + lane % 16) * kRowBytes),
-          a_chunk(static_cast<std::uint32_t>((lane / 16) ^ (lane & 7) ^ (4 * half)) * kChunk),
-          b_base(ptx::shared_address(tile) + (key + (lane & 7) + lane / 16 * 8) * kRowBytes),
-          b_chunk(static_cast<std::uint32_t>((lane / 8 % 2) ^ (lane & 7) ^ (4 * half)) * kChunk) {}
-
-    // acc += q . k over the half of a block.
-    template <typename Element>
-    __device__ void multiply(int block, PairScores& acc) const {
-      const std::uint32_t at = block * (2 * kDimBlock);
-#pragma unroll
-      for (int step = 0; step < 2; ++step) {  // of 16 dims
-        const std::uint32_t chunk_bits = step * 2 * kChunk;
-        std::uint32_t a[kMTiles][4];
-#pragma unroll
-        for (int m = 0; m < kMTiles; ++m) {
-          ptx::ldmatrix_x4(a[m], a_base + m * 16 * kRowBytes + at + (a_chunk ^ chunk_bits));
-        }
-#pragma unroll
-        for (int n = 0; n < 2 * kNTiles; n += 2) {
-          std::uint32_t b[4];
-          ptx::ldmatrix_x4(b, b_base + n * 8 * kRowBytes + at + (b_chunk ^ chunk_bits));
-#pragma unroll
-          for (int m = 0; m < kMTiles; ++m) {
-            ptx::mma_16816<Element>(acc[m][n], a[m], b[0], b[1]);
-            ptx::mma_16816<Element>(acc[m][n + 1], a[m], b[2], b[3]);
-          }
-        }
-      }
-    }
-  };
-
+  // QK: the first of this warp's heads and keys. PV: of its columns.
+  __device__ int warp_head() const { return warp_ / Config::kWarpsN * kMTiles * 16; }
+  __device__ int warp_key() const { return warp_ % Config::kWarpsN * kNTiles * 8; }
+  __device__ int column() const { return warp_ * Config::kColumns; }
   // The first key of this warp and its neighbour.
-  __device__ int pair_key() const { return warp_key_ - warp_ % 2 * kNTiles * 8; }
+  __device__ int pair_key() const { return warp_key() - warp_ % 2 * kNTiles * 8; }
 
   // scores = own sums + the neighbour's, for this warp's keys. Through p, which is free now: first
   // the odd warps' sums of the even ones' keys, then the reverse in the same place.
@@ -423,9 +392,9 @@ class AttentionTile {
   }
 
   __device__ int head_of(int m, int half) const {
-    return warp_head_ + 16 * m + 8 * half + lane_ / 4;
+    return warp_head() + 16 * m + 8 * half + lane_ / 4;
   }
-  __device__ int key_of(int n) const { return warp_key_ + 8 * n + lane_ % 4 * 2; }
+  __device__ int key_of(int n) const { return warp_key() + 8 * n + lane_ % 4 * 2; }
 
   __device__ static void clear(PairScores& x) {
 #pragma unroll
@@ -450,11 +419,12 @@ class AttentionTile {
   }
 
   // sums += acc times its keys' scales.
-  __device__ void add_scaled(const PairScores& acc, int group, PairScores& sums) const {
+  __device__ void add_scaled(const PairScores& acc, int stage, int group, PairScores& sums) const {
 #pragma unroll
     for (int n = 0; n < 2 * kNTiles; ++n) {
       const int key = pair_key() + 8 * n + lane_ % 4 * 2;
-      const float scale[2] = {shared_.scale[key][group], shared_.scale[key + 1][group]};
+      const float scale[2] = {scale_of<Config>(shared_.scales[stage], key, group),
+                              scale_of<Config>(shared_.scales[stage], key + 1, group)};
 #pragma unroll
       for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
@@ -493,22 +463,27 @@ class AttentionTile {
 
   // For each group the probabilities times the keys' scales, relative to the largest scale so far:
   // f16 then holds them.
-  __device__ void store_scaled_probabilities() {
-#pragma unroll 1
-    for (int g = 0; g < Config::kScales; ++g) {
-      const float unit =
-          Config::kProbabilityUnit * power_of_two(254 - bounded(shared_.scale_exponent[g]));
+  __device__ void store_scaled_probabilities(int stage) {
+    float unit[Config::kGroups];
 #pragma unroll
-      for (int n = 0; n < kNTiles; ++n) {
-        const float scale0 = shared_.scale[key_of(n)][g] * unit;
-        const float scale1 = shared_.scale[key_of(n) + 1][g] * unit;
+    for (int g = 0; g < Config::kGroups; ++g) {
+      unit[g] = Config::kProbabilityUnit * power_of_two(254 - bounded(shared_.scale_exponent[g]));
+    }
+    const auto* scales = reinterpret_cast<const float4*>(shared_.scales[stage]);
+#pragma unroll
+    for (int n = 0; n < kNTiles; ++n) {
+      const float4 key0 = scales[key_of(n)], key1 = scales[key_of(n) + 1];
+      const float scale0[] = {key0.x, key0.y, key0.z, key0.w};
+      const float scale1[] = {key1.x, key1.y, key1.z, key1.w};
+#pragma unroll
+      for (int g = 0; g < Config::kGroups; ++g) {
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             store_p(g, head_of(m, half), key_of(n),
-                    pack<ValueElement>(scores_[m][n][2 * half] * scale0,
-                                       scores_[m][n][2 * half + 1] * scale1));
+                    pack<ValueElement>(scores_[m][n][2 * half] * (scale0[g] * unit[g]),
+                                       scores_[m][n][2 * half + 1] * (scale1[g] * unit[g])));
           }
         }
       }
@@ -549,9 +524,7 @@ class AttentionTile {
   int d_v_;
   int blocks_;  // of 64 dims in d_qk
   int warp_, lane_;
-  int warp_head_, warp_key_;  // of QK
-  int column_;                // of PV
-  int scale_exponent_ = 1;    // that the output is relative to
+  int scale_exponent_ = 1;  // that the output is relative to
   Scores scores_;
   float max_[2 * kMTiles], sum_[2 * kMTiles], weight_[2 * kMTiles];
   float out_[Config::kRowTiles][Config::kColumnTiles][4];

@@ -18,9 +18,6 @@
 
 namespace dsa::cuda {
 
-// Whether e4m3 is widened by cvt where there is one (SM89), or always by shifts and masks.
-inline constexpr bool kConvertInHardware = true;
-
 // kBytes bytes as words, at an address that is a multiple of `kAlignment`.
 template <int kBytes, int kAlignment>
 __device__ __forceinline__ void load_words(const std::uint8_t* from, std::uint32_t* words) {
@@ -81,10 +78,10 @@ __device__ __forceinline__ void copy_row(LaneUnit<kHeadDim>* to, const std::uint
     const std::uint8_t* unit = from + (u * 4 + t) * Unit::kBytes;
     const std::uint32_t address = ptx::shared_address(to + u * kPitch);
     if (valid && Unit::kBytes == 16 && alignment >= 16) {
-      ptx::cp_async_16(address, unit);
+      ptx::cp_async<16>(address, unit);
     } else if (valid && alignment >= 4) {
 #pragma unroll
-      for (int i = 0; i < Unit::kWords; ++i) ptx::cp_async_4(address + 4 * i, unit + 4 * i);
+      for (int i = 0; i < Unit::kWords; ++i) ptx::cp_async<4>(address + 4 * i, unit + 4 * i);
     } else {
       Unit words;
       words.clear();
@@ -97,7 +94,7 @@ __device__ __forceinline__ void copy_row(LaneUnit<kHeadDim>* to, const std::uint
 __device__ __forceinline__ void copy_float(float* to, const std::uint8_t* from, bool valid,
                                            int alignment) {
   if (valid && alignment >= 4) {
-    ptx::cp_async_4(ptx::shared_address(to), from);
+    ptx::cp_async<4>(ptx::shared_address(to), from);
   } else {
     std::uint32_t word = 0;
     if (valid) load_words<4, 1>(from, &word);
@@ -105,34 +102,33 @@ __device__ __forceinline__ void copy_float(float* to, const std::uint8_t* from, 
   }
 }
 
-// e4m3 widened to f16 (SM80). The bits of a code, shifted to the exponent of f16, are its value *
-// 2^-8, subnormals too; the tensor cores multiply f16 subnormals exactly. NaN codes would become
-// numbers: a unit with one gets a NaN, which is enough to make all products of its row NaN.
+// e4m3 widened to f16 (SM80). Each word makes two registers of two values, in an order that is the
+// same for A and B.
 template <int kHeadDim>
 struct WidenedProducts {
   static constexpr int kUnitSteps = LaneUnit<kHeadDim>::kWords;  // of 16 dimensions
-#if __CUDA_ARCH__ >= 890
-  // SM89 has an instruction for it, which keeps values and NaNs.
-  static constexpr bool kConverts = kConvertInHardware;
-#else
-  static constexpr bool kConverts = false;
-#endif
-  static constexpr float kSumScale = kConverts ? 1.0f : 0x1p16f;  // takes both 2^-8 back
   static constexpr bool kWidensInside = false;
 
-  // Bytes 0 and 2 of a word, then 1 and 3; converted, 0 and 1, then 2 and 3.
+#if __CUDA_ARCH__ >= 890
+  static constexpr float kSumScale = 1.0f;
+
   __device__ __forceinline__ static void fragments(const LaneUnit<kHeadDim>& unit,
                                                    std::uint32_t (&f)[kUnitSteps][2]) {
-#if __CUDA_ARCH__ >= 890
-    if constexpr (kConverts) {
 #pragma unroll
-      for (int i = 0; i < kUnitSteps; ++i) {
-        f[i][0] = ptx::f16x2_from_e4m3x2(static_cast<std::uint16_t>(unit.word[i]));
-        f[i][1] = ptx::f16x2_from_e4m3x2(static_cast<std::uint16_t>(unit.word[i] >> 16));
-      }
-      return;
+    for (int i = 0; i < kUnitSteps; ++i) {
+      const uint2 halves = ptx::f16x4_from_e4m3x4(unit.word[i]);
+      f[i][0] = halves.x;
+      f[i][1] = halves.y;
     }
-#endif
+  }
+#else
+  // The bits of a code, shifted to the exponent of f16, are its value * 2^-8, subnormals too; the
+  // tensor cores multiply f16 subnormals exactly. NaN codes would become numbers: a unit with one
+  // gets a NaN, which is enough to make all products of its row NaN.
+  static constexpr float kSumScale = 0x1p16f;  // takes both 2^-8 back
+
+  __device__ __forceinline__ static void fragments(const LaneUnit<kHeadDim>& unit,
+                                                   std::uint32_t (&f)[kUnitSteps][2]) {
     std::uint32_t nans = 0;
 #pragma unroll
     for (int i = 0; i < kUnitSteps; ++i) {
@@ -143,6 +139,7 @@ struct WidenedProducts {
     }
     if (nans != 0) f[0][0] = 0x7E00'7E00u;
   }
+#endif
 
   __device__ __forceinline__ static void mma(float (&d)[4], const std::uint32_t (&a)[4],
                                              std::uint32_t b0, std::uint32_t b1) {

@@ -7,14 +7,31 @@
 
 namespace dsa::cuda::ptx {
 
-// 16 bytes, both addresses 16-byte aligned, past L1.
-__device__ __forceinline__ void cp_async_16(std::uint32_t shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+// 4, 8 or 16 bytes; both addresses are multiples of that. 16 go past L1.
+template <int kBytes>
+__device__ __forceinline__ void cp_async(std::uint32_t shared, const void* global) {
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(global), "n"(kBytes)
+                 : "memory");
+  }
 }
 
-// 4 bytes, both addresses 4-byte aligned.
-__device__ __forceinline__ void cp_async_4(std::uint32_t shared, const void* global) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
+// The same if `valid`; else zeros, and `global` is not read.
+template <int kBytes>
+__device__ __forceinline__ void cp_async_or_zeros(std::uint32_t shared, const void* global,
+                                                  bool valid) {
+  const int bytes = valid ? kBytes : 0;
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+                 "r"(bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(global),
+                 "n"(kBytes), "r"(bytes)
+                 : "memory");
+  }
 }
 
 // Closes a group of this thread's copies; groups complete in order.
