@@ -52,11 +52,20 @@ py::list kernels() {
     py::dict entry;
     entry["op"] = kernel.op;
     entry["id"] = kernel.id;
-    entry["device"] = kernel.device == dsa::DeviceType::kCpu ? "cpu" : "cuda";
+    entry["device"] = kernel.target.type == dsa::DeviceType::kCpu ? "cpu" : "cuda";
     entry["takes"] = kernel.takes;
     all.append(entry);
   }
   return all;
+}
+
+std::string kernel_refusal(const std::string& id, int device) {
+  for (const dsa::KernelInfo& kernel : dsa::list_kernels()) {
+    if (kernel.id == id) {
+      return dsa::runs_on(kernel.target, {dsa::DeviceType::kCuda, device}).reason;
+    }
+  }
+  throw py::value_error("kernel_refusal: id: expected one of kernels(), got " + id);
 }
 
 template <typename Layout>
@@ -77,6 +86,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Version, compiler, torch, CPU instruction set, CUDA toolkit.");
   m.def("cuda_devices", &cuda_devices, "CUDA devices this process sees: name, arch, num_sms.");
   m.def("kernels", &kernels, "Every kernel of this build: op, id, device, takes.");
+  m.def("kernel_refusal", &kernel_refusal, py::arg("id"), py::arg("device"),
+        "Why a CUDA device cannot run a kernel, whatever the arguments; empty if it can.");
 
   m.attr("MAX_WORKSPACE_BYTES") = dsa::kMaxWorkspaceBytes;
   m.attr("INDEXER_SCALE_BYTES") = dsa::IndexerLayout::kScaleBytes;

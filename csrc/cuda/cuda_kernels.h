@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CUDA backend's kernels as dispatch/registry.cpp lists them: launchers, and where a kernel
-// does not take all that is valid, what it takes. A launcher enqueues on params.launch.stream and
-// returns.
+// does not take all that is valid, what it takes. That the device will do has been asked before
+// (registry.h). A launcher enqueues on params.launch.stream and returns.
 #pragma once
 
 #include <cstdint>
@@ -12,16 +12,17 @@
 
 namespace dsa::cuda {
 
-// cuda/portable/mqa_logits_launch.cu: e4m3 widened to f16 (SM80), or native e4m3 products.
+// cuda/portable/mqa_logits_launch.cu: e4m3 widened to f16.
 Support mqa_logits_takes(const MqaLogitsParams& params);
-Support mqa_logits_e4m3_takes(const MqaLogitsParams& params);
 Status mqa_logits(const MqaLogitsParams& params);
-Status mqa_logits_e4m3(const MqaLogitsParams& params);
 Support paged_mqa_logits_takes(const PagedMqaLogitsParams& params);
-Support paged_mqa_logits_e4m3_takes(const PagedMqaLogitsParams& params);
 Status paged_mqa_logits(const PagedMqaLogitsParams& params);
-Status paged_mqa_logits_e4m3(const PagedMqaLogitsParams& params);
 Status paged_mqa_logits_metadata(const PagedMqaLogitsMetadataParams& params);
+
+// cuda/portable/mqa_logits_e4m3_launch.cu: native e4m3 products, of the same arguments.
+Support e4m3_products_run_on(const Device& device);
+Status mqa_logits_e4m3(const MqaLogitsParams& params);
+Status paged_mqa_logits_e4m3(const PagedMqaLogitsParams& params);
 
 // cuda/portable/mqa_topk_launch.cu: logits of a chunk of rows into the workspace, then topk_select.
 Support mqa_topk_takes(const MqaTopkParams& params);

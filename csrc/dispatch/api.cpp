@@ -8,7 +8,6 @@
 #include <string>
 #include <string_view>
 
-#include "dispatch/check.h"
 #include "dispatch/registry.h"
 #include "dispatch/validate.h"
 
@@ -25,10 +24,7 @@ bool is_known_kernel(std::string_view id) {
 
 template <typename Params>
 Support supports(const Kernel<Params>& kernel, const Params& p, bool forced) {
-  if (kernel.device != p.launch.device.type) {
-    return {"takes " + std::string(kernel.device == DeviceType::kCpu ? "cpu" : "cuda") +
-            " tensors, not " + device_name(p.launch.device)};
-  }
+  if (Support device = runs_on(kernel.target, p.launch.device); !device.ok()) return device;
   if (!forced && kernel.loses != nullptr && kernel.loses(p)) return {"slower here than another"};
   return kernel.supports(p);
 }

@@ -2,17 +2,26 @@
 #include "dispatch/registry.h"
 
 #include "cpu/cpu_kernels.h"
+#include "dispatch/check.h"
 #include "dispatch/heuristics.h"
 #if DSA_WITH_CUDA
+#include "cuda/common/device_info.h"
 #include "cuda/cuda_kernels.h"
 #endif
 
 namespace dsa {
 
+Support runs_on(const Target& target, Device device) {
+  if (target.type == device.type) return target.supports(device);
+  return {"takes " + std::string(target.type == DeviceType::kCpu ? "cpu" : "cuda") +
+          " tensors, not " + device_name(device)};
+}
+
 namespace {
 
-template <typename Params>
-Support any(const Params&) {
+// Any arguments, or any device.
+template <typename T>
+Support any(const T&) {
   return {};
 }
 
@@ -49,12 +58,22 @@ constexpr const char* kSelection = "any k and row length; fp32, bf16, fp16";
 constexpr const char* kDecodeCpu = "dense and sparse; 16-bit, 656-byte and 584-byte caches";
 constexpr const char* kHadamard = "sizes 1 to 32768";
 constexpr const char* kMlaCaches = "16-bit, 656-byte and 584-byte caches";
-constexpr DeviceType kCpu = DeviceType::kCpu;
+constexpr Target kCpu = {DeviceType::kCpu, any};
 #if DSA_WITH_CUDA
-constexpr DeviceType kCuda = DeviceType::kCuda;
-constexpr const char* kIndexCuda = "SM80 and newer; H 1..128, D 32, 64 or 128";
+// What every CUDA kernel needs.
+Support sm80(const Device& device) {
+  const int arch = cuda::device_limits(device).arch;
+  if (arch >= 80) return {};
+  return {"SM80 or newer, not SM" + std::to_string(arch)};
+}
+
+constexpr Target kSm80 = {DeviceType::kCuda, sm80};
+constexpr Target kE4m3 = {DeviceType::kCuda, cuda::e4m3_products_run_on};
+constexpr const char* kIndexCuda = "H 1..128, D 32, 64 or 128";
 constexpr const char* kIndexE4m3 = "SM89 and newer; H 1..128, D 32, 64 or 128";
-constexpr const char* kIndexTopkCuda = "SM80 and newer; H 1..128, D 32, 64 or 128; 2^24 keys";
+constexpr const char* kMqaTopkCuda = "H 1..128, D 32, 64 or 128; up to 2^24 keys";
+constexpr const char* kPagedMqaTopkCuda =
+    "H 1..128, D 32, 64 or 128; next_n * (keys + 4) up to 2^24";
 constexpr const char* kDecodeCuda =
     "dense and sparse; 16-bit, 656-byte and 584-byte caches; bf16 q for 8-bit ones";
 #endif
@@ -76,89 +95,89 @@ constexpr const char* kDecodeCuda =
 #endif
 
 DSA_KERNELS(MqaLogitsParams,
-            DSA_CUDA("portable_mqa_logits_e4m3", kCuda, kIndexE4m3, cuda::mqa_logits_e4m3_takes,
+            DSA_CUDA("portable_mqa_logits_e4m3", kE4m3, kIndexE4m3, cuda::mqa_logits_takes,
                      cuda::mqa_logits_e4m3, nullptr, e4m3_products_are_widened)
-                DSA_CUDA("portable_mqa_logits", kCuda, kIndexCuda, cuda::mqa_logits_takes,
+                DSA_CUDA("portable_mqa_logits", kSm80, kIndexCuda, cuda::mqa_logits_takes,
                          cuda::mqa_logits){"cpu_mqa_logits", kCpu, kIndexCpu, index_head_dim,
                                            cpu::mqa_logits})
 
 DSA_KERNELS(PagedMqaLogitsParams,
-            DSA_CUDA("portable_paged_mqa_logits_e4m3", kCuda, kIndexE4m3,
-                     cuda::paged_mqa_logits_e4m3_takes, cuda::paged_mqa_logits_e4m3, nullptr,
+            DSA_CUDA("portable_paged_mqa_logits_e4m3", kE4m3, kIndexE4m3,
+                     cuda::paged_mqa_logits_takes, cuda::paged_mqa_logits_e4m3, nullptr,
                      e4m3_products_are_widened)
-                DSA_CUDA("portable_paged_mqa_logits", kCuda, kIndexCuda,
+                DSA_CUDA("portable_paged_mqa_logits", kSm80, kIndexCuda,
                          cuda::paged_mqa_logits_takes, cuda::paged_mqa_logits){
                     "cpu_paged_mqa_logits", kCpu, kIndexCpu, index_head_dim, cpu::paged_mqa_logits})
 
 DSA_KERNELS(PagedMqaLogitsMetadataParams,
-            DSA_CUDA("portable_paged_mqa_logits_metadata", kCuda, "any", any,
+            DSA_CUDA("portable_paged_mqa_logits_metadata", kSm80, "any", any,
                      cuda::paged_mqa_logits_metadata){"cpu_paged_mqa_logits_metadata", kCpu, "any",
                                                       any, cpu::paged_mqa_logits_metadata})
 
-DSA_KERNELS(MqaTopkParams,
-            DSA_CUDA("portable_mqa_topk", kCuda, kIndexTopkCuda, cuda::mqa_topk_takes,
-                     cuda::mqa_topk, cuda::mqa_topk_workspace_bytes){
-                "cpu_mqa_topk", kCpu, kIndexCpu, index_head_dim, cpu::mqa_topk})
+DSA_KERNELS(MqaTopkParams, DSA_CUDA("portable_mqa_topk", kSm80, kMqaTopkCuda, cuda::mqa_topk_takes,
+                                    cuda::mqa_topk, cuda::mqa_topk_workspace_bytes){
+                               "cpu_mqa_topk", kCpu, kIndexCpu, index_head_dim, cpu::mqa_topk})
 
 DSA_KERNELS(PagedMqaTopkParams,
-            DSA_CUDA("portable_paged_mqa_topk", kCuda, kIndexTopkCuda, cuda::paged_mqa_topk_takes,
-                     cuda::paged_mqa_topk, cuda::paged_mqa_topk_workspace_bytes){
-                "cpu_paged_mqa_topk", kCpu, kIndexCpu, index_head_dim, cpu::paged_mqa_topk})
+            DSA_CUDA("portable_paged_mqa_topk", kSm80, kPagedMqaTopkCuda,
+                     cuda::paged_mqa_topk_takes, cuda::paged_mqa_topk,
+                     cuda::paged_mqa_topk_workspace_bytes){"cpu_paged_mqa_topk", kCpu, kIndexCpu,
+                                                           index_head_dim, cpu::paged_mqa_topk})
 
 DSA_KERNELS(TopkSelectParams,
-            DSA_CUDA("portable_topk_select", kCuda, kSelection, any, cuda::topk_select){
+            DSA_CUDA("portable_topk_select", kSm80, kSelection, any, cuda::topk_select){
                 "cpu_topk_select", kCpu, kSelection, any, cpu::topk_select})
 
 DSA_KERNELS(MapToSlotsParams,
-            DSA_CUDA("portable_map_to_slots", kCuda, "any", any, cuda::map_to_slots){
+            DSA_CUDA("portable_map_to_slots", kSm80, "any", any, cuda::map_to_slots){
                 "cpu_map_to_slots", kCpu, "any", any, cpu::map_to_slots})
 
 DSA_KERNELS(MergeTopkParams,
-            DSA_CUDA("portable_merge_topk", kCuda, "the smaller of k and row length up to 8192",
+            DSA_CUDA("portable_merge_topk", kSm80, "the smaller of k and row length up to 8192",
                      cuda::merge_topk_takes,
                      cuda::merge_topk){"cpu_merge_topk", kCpu, "any", any, cpu::merge_topk})
 
 DSA_KERNELS(SparseFwdParams,
-            DSA_CUDA("portable_sparse_fwd", kCuda, kMlaShapes, cuda::sparse_fwd_takes,
+            DSA_CUDA("portable_sparse_fwd", kSm80, kMlaShapes, cuda::sparse_fwd_takes,
                      cuda::sparse_fwd){"cpu_sparse_fwd", kCpu, kMlaShapes, sparse_fwd_dims,
                                        cpu::sparse_fwd})
 
 DSA_KERNELS(KvCacheFwdParams,
-            DSA_CUDA("portable_kvcache_fwd", kCuda, kDecodeCuda, cuda::kvcache_fwd_takes,
+            DSA_CUDA("portable_kvcache_fwd", kSm80, kDecodeCuda, cuda::kvcache_fwd_takes,
                      cuda::kvcache_fwd, cuda::kvcache_fwd_workspace_bytes){
                 "cpu_kvcache_fwd", kCpu, kDecodeCpu, kvcache_dims, cpu::kvcache_fwd})
 
 DSA_KERNELS(MergeAttnStatesParams,
-            DSA_CUDA("portable_merge_attn_states", kCuda, "any", any, cuda::merge_attn_states){
+            DSA_CUDA("portable_merge_attn_states", kSm80, "any", any, cuda::merge_attn_states){
                 "cpu_merge_attn_states", kCpu, "any", any, cpu::merge_attn_states})
 
 DSA_KERNELS(HadamardParams,
-            DSA_CUDA("portable_hadamard_transform", kCuda, kHadamard, any,
+            DSA_CUDA("portable_hadamard_transform", kSm80, kHadamard, any,
                      cuda::hadamard_transform){"cpu_hadamard_transform", kCpu, kHadamard, any,
                                                cpu::hadamard_transform})
 
 DSA_KERNELS(PerTokenCastParams,
-            DSA_CUDA("portable_per_token_cast_to_fp8", kCuda, "any", any,
+            DSA_CUDA("portable_per_token_cast_to_fp8", kSm80, "any", any,
                      cuda::per_token_cast_to_fp8){"cpu_per_token_cast_to_fp8", kCpu, "any", any,
                                                   cpu::per_token_cast_to_fp8})
 
 DSA_KERNELS(IndexerCacheWriteParams,
-            DSA_CUDA("portable_indexer_k_quant_and_cache", kCuda, "D up to 128", any,
+            DSA_CUDA("portable_indexer_k_quant_and_cache", kSm80, "D up to 128", any,
                      cuda::indexer_cache_write){"cpu_indexer_k_quant_and_cache", kCpu,
                                                 "D up to 128", any, cpu::indexer_cache_write})
 
 DSA_KERNELS(IndexerCacheGatherParams,
-            DSA_CUDA("portable_gather_indexer_k_cache", kCuda, "any", any,
+            DSA_CUDA("portable_gather_indexer_k_cache", kSm80, "any", any,
                      cuda::indexer_cache_gather){"cpu_gather_indexer_k_cache", kCpu, "any", any,
                                                  cpu::indexer_cache_gather})
 
 DSA_KERNELS(MlaCacheWriteParams,
-            DSA_CUDA("portable_mla_kv_quant_and_cache", kCuda, kMlaCaches, any,
+            DSA_CUDA("portable_mla_kv_quant_and_cache", kSm80, kMlaCaches, any,
                      cuda::mla_cache_write){"cpu_mla_kv_quant_and_cache", kCpu, kMlaCaches, any,
                                             cpu::mla_cache_write})
 
 DSA_KERNELS(MlaCacheGatherParams,
-            DSA_CUDA("portable_gather_mla_kv_cache", kCuda, kMlaCaches, any,
+            DSA_CUDA("portable_gather_mla_kv_cache", kSm80, kMlaCaches, any,
                      cuda::mla_cache_gather){"cpu_gather_mla_kv_cache", kCpu, kMlaCaches, any,
                                              cpu::mla_cache_gather})
 
@@ -171,7 +190,7 @@ template <typename... Params>
 std::vector<KernelInfo> list() {
   std::vector<KernelInfo> all;
   auto append = [&all]<typename P>() {
-    for (const Kernel<P>& k : kernels<P>()) all.push_back({P::kOp, k.id, k.device, k.takes});
+    for (const Kernel<P>& k : kernels<P>()) all.push_back({P::kOp, k.id, k.target, k.takes});
   };
   (append.template operator()<Params>(), ...);
   return all;

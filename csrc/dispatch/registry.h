@@ -13,16 +13,24 @@
 
 namespace dsa {
 
-// Can this kernel take these (validated) arguments? An empty reason is yes.
+// Can this kernel take these (validated) arguments, or run on this device? An empty reason is yes.
 struct Support {
   std::string reason;
   bool ok() const { return reason.empty(); }
 };
 
+// Where a kernel's tensors live, and which of those devices run it, whatever the arguments. The
+// one place that asks for a GPU's architecture.
+struct Target {
+  DeviceType type;
+  Support (*supports)(const Device&);  // a device of that type
+};
+Support runs_on(const Target& target, Device device);
+
 template <typename Params>
 struct Kernel {
-  const char* id;     // kernel = file = profiler name
-  DeviceType device;  // where its tensors live
+  const char* id;  // <backend>_<op>[_<variant>]
+  Target target;
   const char* takes;  // for the report: shapes and formats, in words
   Support (*supports)(const Params&);
   Status (*run)(const Params&);
@@ -42,7 +50,7 @@ Support mla_dims(std::int64_t d_qk, std::int64_t d_v);
 struct KernelInfo {
   std::string op;
   std::string id;
-  DeviceType device;
+  Target target;
   std::string takes;
 };
 std::vector<KernelInfo> list_kernels();

@@ -20,7 +20,10 @@ def _where(kernel: _C.Kernel) -> str:
     """Say whether a kernel can run on this machine."""
     if kernel["device"] == "cpu":
         return "yes"
-    return "yes" if _C.cuda_devices() else "no: no CUDA device"
+    refusals = [_C.kernel_refusal(kernel["id"], i) for i in range(len(_C.cuda_devices()))]
+    if not refusals:
+        return "no: no CUDA device"
+    return "yes" if "" in refusals else f"no: {refusals[0]}"
 
 
 def report() -> str:

@@ -6,8 +6,9 @@ For query token t and key s, with H index heads of dimension D::
     I[t, s] = k_scale[s] * sum_h weights[t, h] * relu(q[t, h, :] . k[s, :])
 
 accumulated in fp32. ``weights`` already holds ``softmax_scale * H**-0.5 * q_scale`` and may be
-negative. Every function raises ValueError for a wrong argument (one line: argument, expected, got)
-and RuntimeError when no kernel of this build takes the arguments.
+negative. D is 32, 64 or 128; on a GPU H is at most 128. Every function raises ValueError for a
+wrong argument (one line: argument, expected, got) and RuntimeError when no kernel of this build
+takes the arguments.
 """
 
 from __future__ import annotations
@@ -195,7 +196,7 @@ def fp8_mqa_topk(
 
     Returns:
         int32 [S, k] rows of kv, by the contract of :func:`dsa_ext.topk_select`; with return_scores
-        (indices, scores), scores -inf where padded. On a GPU: at most 2**24 keys.
+        (indices, scores), scores -inf where padded. On a GPU: L <= 2**24.
     """
     keys, k_scale = kv
     indices, scores = topk_outputs("fp8_mqa_topk", q, q.shape[:1], k, return_scores, out)
@@ -276,7 +277,8 @@ def fp8_paged_mqa_topk(
 
     Returns:
         int32 [B * next_n, k], by the contract of :func:`dsa_ext.topk_select`; with return_scores
-        (indices, scores), scores -inf where padded.
+        (indices, scores), scores -inf where padded. On a GPU: next_n * (keys + 4) <= 2**24,
+        keys being min(max_context_len, P * page_size).
     """
     rows = (q.shape[:1].numel() * q.shape[1:2].numel(),)
     indices, scores = topk_outputs("fp8_paged_mqa_topk", q, rows, k, return_scores, out)

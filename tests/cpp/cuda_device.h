@@ -29,7 +29,7 @@ class CudaTest : public ::testing::Test {
       GTEST_SKIP() << "no CUDA device";
     }
     for (const KernelInfo& kernel : list_kernels()) {
-      if (kernel.device == DeviceType::kCuda) return;
+      if (kernel.target.type == DeviceType::kCuda) return;
     }
     GTEST_SKIP() << "this build has no CUDA kernels";
   }

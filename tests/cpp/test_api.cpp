@@ -114,8 +114,7 @@ struct PagedKeys {
   TensorView kv_cache() { return view(cache, {2, 2, 1, 36}); }
 };
 
-// ---- indexer
-// ---------------------------------------------------------------------------------------
+// ---- indexer ------------------------------------------------------------------------------------
 
 TEST(Api, MqaLogits) {
   Prefill in;
@@ -195,8 +194,7 @@ TEST(Api, PagedMqaLogitsMetadata) {
   EXPECT_EQ(out, (Ints{0, 0, 1, 1, 4, 0}));
 }
 
-// ---- selection
-// -------------------------------------------------------------------------------------
+// ---- selection ----------------------------------------------------------------------------------
 
 TEST(Api, TopkSelect) {
   Floats scores = {1.0f, 5.0f, 5.0f, std::nanf(""), 5.0f, -kInf};
@@ -247,8 +245,7 @@ TEST(Api, MergeTopk) {
   EXPECT_EQ(out, (Ints{2, 6, 8}));
 }
 
-// ---- attention
-// -------------------------------------------------------------------------------------
+// ---- attention ----------------------------------------------------------------------------------
 
 // One head of d_qk = d_v = 64 and two rows of a latent: logits 0 and ln 3, so weights 1/4 and 3/4.
 struct Latent {
@@ -341,8 +338,7 @@ TEST(Api, MergeAttnStates) {
   EXPECT_FLOAT_EQ(lse[0], static_cast<float>(std::log(4.0)));
 }
 
-// ---- cache and quantisation
-// ------------------------------------------------------------------------
+// ---- cache and quantisation ---------------------------------------------------------------------
 
 TEST(Api, Hadamard) {
   Floats x = {1.0f, 2.0f, 3.0f, 4.0f};
@@ -433,8 +429,7 @@ TEST(Api, MlaCacheWriteAndGather) {
   EXPECT_EQ(out[512], k_pe[0]);
 }
 
-// ---- registry and dispatch
-// -------------------------------------------------------------------------
+// ---- registry and dispatch ----------------------------------------------------------------------
 
 TEST(Registry, IdsAreUniqueAndOpsComplete) {
   std::set<std::string> ids;
@@ -442,7 +437,7 @@ TEST(Registry, IdsAreUniqueAndOpsComplete) {
   for (const KernelInfo& kernel : list_kernels()) {
     EXPECT_TRUE(ids.insert(kernel.id).second) << kernel.id;
     EXPECT_FALSE(kernel.takes.empty()) << kernel.id;
-    if (kernel.device == DeviceType::kCpu) ops.insert(kernel.op);
+    if (kernel.target.type == DeviceType::kCpu) ops.insert(kernel.op);
   }
   const std::set<std::string> expected = {"fp8_mqa_logits",
                                           "fp8_paged_mqa_logits",
@@ -462,6 +457,19 @@ TEST(Registry, IdsAreUniqueAndOpsComplete) {
                                           "mla_kv_quant_and_cache",
                                           "gather_mla_kv_cache"};
   EXPECT_EQ(ops, expected);
+}
+
+// A GPU that is not there is of architecture 0: a build with CUDA needs none for this.
+TEST(Registry, EveryCudaKernelAsksForAnArchitecture) {
+  const Device absent = {DeviceType::kCuda, 63};
+  for (const KernelInfo& kernel : list_kernels()) {
+    const std::string reason = runs_on(kernel.target, absent).reason;
+    const std::string expected = kernel.target.type == DeviceType::kCpu
+                                     ? "takes cpu tensors, not cuda:63"
+                                 : kernel.id.ends_with("_e4m3") ? "SM89 or newer, not SM0"
+                                                                : "SM80 or newer, not SM0";
+    EXPECT_EQ(reason, expected) << kernel.id;
+  }
 }
 
 struct SmallSelect {
@@ -523,6 +531,20 @@ TEST(Dispatch, ADeviceWithoutKernels) {
   EXPECT_EQ(status.code(), StatusCode::kUnsupported);
   EXPECT_NE(status.message().find("cpu_topk_select: takes cpu tensors, not another device"),
             std::string::npos);
+  EXPECT_EQ(in.indices[0], 7);
+}
+
+TEST(Dispatch, ADeviceThatNoKernelRunsOn) {
+  SmallSelect in;
+  const Device absent = {DeviceType::kCuda, 63};
+  in.params.scores.device = in.params.indices.device = in.params.launch.device = absent;
+  const Status status = topk_select(in.params);
+  EXPECT_EQ(status.code(), StatusCode::kUnsupported);
+  for (const KernelInfo& kernel : list_kernels()) {
+    if (kernel.op != "topk_select") continue;
+    const std::string reason = kernel.id + ": " + runs_on(kernel.target, absent).reason;
+    EXPECT_NE(status.message().find(reason), std::string::npos) << status.message();
+  }
   EXPECT_EQ(in.indices[0], 7);
 }
 

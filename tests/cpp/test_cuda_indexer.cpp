@@ -79,11 +79,12 @@ void compare_prefill_logits(const char* kernel) {
   unsetenv("DSA_FORCE_KERNEL");
 }
 
-bool has_native_e4m3() {
-  int major = 0, minor = 0;
-  expect_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
-  expect_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0));
-  return 10 * major + minor >= 89;
+// Why the device cannot run a kernel; empty if it can.
+std::string refusal(const std::string& id) {
+  for (const KernelInfo& kernel : list_kernels()) {
+    if (kernel.id == id) return runs_on(kernel.target, kGpu).reason;
+  }
+  return "a kernel of this id";
 }
 
 TEST_F(CudaIndexer, PrefillLogits) { compare_prefill_logits(nullptr); }
@@ -91,8 +92,11 @@ TEST_F(CudaIndexer, PrefillLogits) { compare_prefill_logits(nullptr); }
 TEST_F(CudaIndexer, PrefillLogitsOfWidenedKeys) { compare_prefill_logits("portable_mqa_logits"); }
 
 TEST_F(CudaIndexer, PrefillLogitsOfNativeE4m3) {
-  if (!has_native_e4m3()) GTEST_SKIP() << "needs SM89";
-  compare_prefill_logits("portable_mqa_logits_e4m3");
+  const char* const kernel = "portable_mqa_logits_e4m3";
+  if (const std::string reason = refusal(kernel); !reason.empty()) {
+    GTEST_SKIP() << "needs " << reason;
+  }
+  compare_prefill_logits(kernel);
 }
 
 TEST_F(CudaIndexer, PrefillTopk) {

@@ -48,8 +48,7 @@ void expect_invalid(const Status& status, const std::string& message) {
 
 void expect_ok(const Status& status) { EXPECT_TRUE(status.ok()) << status.message(); }
 
-// ---- Check
-// -----------------------------------------------------------------------------------------
+// ---- Check --------------------------------------------------------------------------------------
 
 TEST(Check, BindsADimensionWhereItFirstAppears) {
   Check c("op", kCpu);
@@ -195,8 +194,7 @@ TEST(Check, StridesThatDoNotMatter) {
   expect_ok(c.take());
 }
 
-// ---- fp8_mqa_logits
-// --------------------------------------------------------------------------------
+// ---- fp8_mqa_logits -----------------------------------------------------------------------------
 
 MqaLogitsParams logits_params() {
   MqaLogitsParams p;
@@ -260,8 +258,7 @@ TEST(ValidateMqaLogits, AMissingOutput) {
                  "fp8_mqa_logits: out: expected float32 or bfloat16 [S=4, L=100], got None");
 }
 
-// ---- paged caches
-// ----------------------------------------------------------------------------------
+// ---- paged caches -------------------------------------------------------------------------------
 
 IndexerCacheWriteParams indexer_write_params() {
   IndexerCacheWriteParams p;
@@ -344,8 +341,7 @@ TEST(ValidateMlaCache, ThreeFormats) {
                  "[7]");
 }
 
-// ---- selection
-// -------------------------------------------------------------------------------------
+// ---- selection ----------------------------------------------------------------------------------
 
 TopkSelectParams select_params() {
   TopkSelectParams p;
@@ -402,8 +398,7 @@ TEST(ValidateTopkSelect, NoRowsNeedNoRequests) {
   expect_ok(validate(p));
 }
 
-// ---- attention
-// -------------------------------------------------------------------------------------
+// ---- attention ----------------------------------------------------------------------------------
 
 KvCacheFwdParams decode_params() {
   KvCacheFwdParams p;
@@ -512,8 +507,7 @@ TEST(ValidateMergeAttnStates, OutputIsLikeOnePart) {
                  "16, 512]");
 }
 
-// ---- ops over rows of any rank
-// ---------------------------------------------------------------------
+// ---- ops over rows of any rank ------------------------------------------------------------------
 
 TEST(ValidateHadamard, AnyRankOfPowersOfTwo) {
   HadamardParams p;

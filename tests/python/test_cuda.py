@@ -323,16 +323,16 @@ def test_one_long_request(name):
 # ---- indexer: shapes that kernels tile by --------------------------------------------------------
 
 WIDENED, NATIVE = "mqa_logits", "mqa_logits_e4m3"
-NATIVE_FROM = (8, 9)
 
 
 @pytest.fixture(params=[WIDENED, NATIVE])
 def logits_kernel(request, monkeypatch):
     """Each of the two kernels, whichever dispatch would choose."""
-    if request.param == NATIVE and torch.cuda.get_device_capability() < NATIVE_FROM:
-        pytest.skip("needs SM89")
-    ids = f"portable_{request.param},portable_paged_{request.param}"
-    monkeypatch.setenv("DSA_FORCE_KERNEL", ids)
+    ids = [f"portable_{request.param}", f"portable_paged_{request.param}"]
+    for kernel in ids:
+        if refusal := _C.kernel_refusal(kernel, torch.cuda.current_device()):
+            pytest.skip(f"needs {refusal}")
+    monkeypatch.setenv("DSA_FORCE_KERNEL", ",".join(ids))
 
 
 def filled(shape, dtype) -> Guarded:

@@ -359,6 +359,7 @@ def test_stub_agrees_with_the_module():
         "build_info": "BuildInfo",
         "cuda_devices": "list[CudaDevice]",
         "kernels": "list[Kernel]",
+        "kernel_refusal": "str",
     }
 
 
@@ -373,6 +374,24 @@ def test_registry():
     assert {kernel["op"] for kernel in kernels if kernel["device"] == "cpu"} == {
         kernel["op"] for kernel in kernels
     }
+
+
+def test_kernel_refusal():
+    """On the GPU that is there, if any, and on one that is not."""
+    absent = 63
+    for kernel in _C.kernels():
+        reason = _C.kernel_refusal(kernel["id"], absent)
+        if kernel["device"] == "cpu":
+            assert reason == "takes cpu tensors, not cuda:63"
+        else:
+            assert re.fullmatch(r"SM\d+ or newer, not SM0", reason)
+    for device, properties in enumerate(_C.cuda_devices()):
+        for kernel in _C.kernels():
+            if kernel["device"] == "cuda" and not kernel["id"].endswith("_e4m3"):
+                refused = _C.kernel_refusal(kernel["id"], device) != ""
+                assert refused == (properties["arch"] < 80)
+    with pytest.raises(ValueError, match=r"^kernel_refusal: id: expected one of kernels"):
+        _C.kernel_refusal("no_such_kernel", 0)
 
 
 def test_layout_constants():

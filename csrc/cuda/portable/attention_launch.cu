@@ -164,7 +164,6 @@ AttentionArgs common_args(const TensorView& q, const TensorView& out, const Tens
 Support takes(LatentFormat format, std::int64_t rows, std::int64_t heads, std::int64_t keys,
               const Launch& launch) {
   const DeviceLimits& limits = device_limits(launch.device);
-  if (limits.arch < 80) return {"SM80 or newer, not SM" + std::to_string(limits.arch)};
   constexpr std::int64_t kFewestHeads = 16;  // a tile
   if (heads > kMaxGridX || rows > kMaxGridX / ceil_div(heads, kFewestHeads)) {
     return {"fewer query tokens times heads"};

@@ -28,9 +28,9 @@ inline constexpr int kMaxWrittenHeadDim = kIndexerTeam * kLaneValues;  // one sc
 inline constexpr int kRowsPerTeam = 4;
 inline constexpr int kGatherRows = kIndexerTeams * kRowsPerTeam;
 
-// Two at once where they fit into the registers of a thread.
+// Several at once where they fit into the registers of a thread.
 template <typename T>
-inline constexpr int kTokensPerTeam = sizeof(T) == 2 ? 2 : 1;
+inline constexpr int kTokensPerTeam = sizeof(T) == 2 ? 4 : 1;
 
 // Where the codes and the scale of a token of a page stand.
 struct IndexerPages {

@@ -4,11 +4,9 @@
 
 namespace dsa::cuda {
 
-Support mqa_logits_takes(const MqaLogitsParams& p) { return mqa_shapes(p, 80, "SM80 or newer"); }
+Support mqa_logits_takes(const MqaLogitsParams& p) { return mqa_shapes(p); }
 
-Support paged_mqa_logits_takes(const PagedMqaLogitsParams& p) {
-  return mqa_shapes(p, 80, "SM80 or newer");
-}
+Support paged_mqa_logits_takes(const PagedMqaLogitsParams& p) { return mqa_shapes(p); }
 
 Status mqa_logits(const MqaLogitsParams& p) {
   return run_mqa_logits<WidenedProducts>(p, "portable_mqa_logits");

@@ -173,7 +173,7 @@ Status run_mqa_logits(const Params& p, const char* name) {
 
 // What all indexer kernels here ask of their arguments.
 template <typename Params>
-Support mqa_shapes(const Params& p, int least_arch, const char* arch_reason) {
+Support mqa_shapes(const Params& p) {
   const std::int64_t head_dim = p.q.size(-1);
   if (head_dim != 32 && head_dim != 64 && head_dim != 128) {
     return {"index_head_dim 32, 64 or 128, not " + std::to_string(head_dim)};
@@ -183,7 +183,6 @@ Support mqa_shapes(const Params& p, int least_arch, const char* arch_reason) {
   }
   const std::int64_t rows = p.q.numel() / (p.q.size(-2) * head_dim);
   if (rows > kMaxGridX) return {"up to 2147483647 queries, not " + std::to_string(rows)};
-  if (device_limits(p.launch.device).arch < least_arch) return {arch_reason};
   return {};
 }
 

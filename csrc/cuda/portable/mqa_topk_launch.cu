@@ -84,11 +84,11 @@ TensorView ends_view(const TensorView& workspace, std::int64_t rows, std::int64_
 
 // The kernels that dispatch prefers, so that the fused ops equal the two steps.
 Status logits(const MqaLogitsParams& p) {
-  const bool native = !e4m3_products_are_widened(p) && mqa_logits_e4m3_takes(p).ok();
+  const bool native = !e4m3_products_are_widened(p) && e4m3_products_run_on(p.launch.device).ok();
   return native ? mqa_logits_e4m3(p) : mqa_logits(p);
 }
 Status logits(const PagedMqaLogitsParams& p) {
-  const bool native = !e4m3_products_are_widened(p) && paged_mqa_logits_e4m3_takes(p).ok();
+  const bool native = !e4m3_products_are_widened(p) && e4m3_products_run_on(p.launch.device).ok();
   return native ? paged_mqa_logits_e4m3(p) : paged_mqa_logits(p);
 }
 
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 Support mqa_topk_takes(const MqaTopkParams& p) {
-  if (Support support = mqa_shapes(p, 80, "SM80 or newer"); !support.ok()) return support;
+  if (Support support = mqa_shapes(p); !support.ok()) return support;
   if (p.k.size(0) <= kMostItems) return {};
   return {"up to 16777216 keys, not " + std::to_string(p.k.size(0))};
 }
@@ -163,7 +163,7 @@ Status mqa_topk(const MqaTopkParams& p) {
 }
 
 Support paged_mqa_topk_takes(const PagedMqaTopkParams& p) {
-  if (Support support = mqa_shapes(p, 80, "SM80 or newer"); !support.ok()) return support;
+  if (Support support = mqa_shapes(p); !support.ok()) return support;
   const std::int64_t next_n = p.q.size(1);
   // Checked by a division: the product may not fit.
   if (next_n == 0 || num_keys(p) + 4 <= kMostItems / next_n) return {};

@@ -7,9 +7,8 @@
 //            the lower position; the kept candidates are collected in shared memory as (index,
 //            position) and sorted there by a bitonic network.
 // registers  64 at most: two CTAs an SM.
-// shared     SelectStorage (radix_select.cuh), 8 KiB; dynamic: 8 bytes a kept candidate, their
-// number
-//            rounded up to a power of two, 64 KiB at most.
+// shared     SelectStorage (radix_select.cuh), 8 KiB; dynamic: 8 bytes a kept candidate, rounded
+//            up to a power of two of them, 64 KiB at most.
 // barriers   __syncthreads: after collecting, and after each step of the network.
 #pragma once
 

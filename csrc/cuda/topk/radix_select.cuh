@@ -4,8 +4,7 @@
 // tile       a chunk: kThreads * Row::kPerThread keys. A thread holds Row::kGroups groups of
 //            Row::kGroup consecutive columns; a warp's groups are consecutive, so that order within
 //            a chunk is warp, group, lane, column of the group.
-// passes     one over the row for each digit of the key, from the top, until the k-th largest key
-// is
+// passes     one over the row for each digit of the key, from the top, until the k-th largest is
 //            known well enough (find_threshold); one more emits what reaches it (emit_selected).
 // shared     SelectStorage, 8 KiB and a little.
 // barriers   __syncthreads only; all threads of the CTA call each function, with equal arguments.

@@ -70,8 +70,7 @@ struct Launch {
 // No kernel needs a larger workspace than this, whatever the shape.
 inline constexpr std::int64_t kMaxWorkspaceBytes = std::int64_t{64} << 20;
 
-// ---- indexer
-// ----------------------------------------------------------------------------------------
+// ---- indexer ------------------------------------------------------------------------------------
 
 struct MqaLogitsParams {
   static constexpr const char* kOp = "fp8_mqa_logits";
@@ -143,8 +142,7 @@ struct PagedMqaTopkParams {
   Launch launch;
 };
 
-// ---- selection
-// --------------------------------------------------------------------------------------
+// ---- selection ----------------------------------------------------------------------------------
 
 struct TopkSelectParams {
   static constexpr const char* kOp = "topk_select";
@@ -182,8 +180,7 @@ struct MergeTopkParams {
   Launch launch;
 };
 
-// ---- attention
-// --------------------------------------------------------------------------------------
+// ---- attention ----------------------------------------------------------------------------------
 
 struct SparseFwdParams {
   static constexpr const char* kOp = "flash_mla_sparse_fwd";
@@ -233,8 +230,7 @@ struct MergeAttnStatesParams {
   Launch launch;
 };
 
-// ---- cache and quantisation
-// -------------------------------------------------------------------------
+// ---- cache and quantisation ---------------------------------------------------------------------
 
 struct HadamardParams {
   static constexpr const char* kOp = "hadamard_transform";
