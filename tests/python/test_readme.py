@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README.md's table of kernels is what ``python -m dsa_ext --matrix`` prints."""
+"""README.md says what ``python -m dsa_ext --matrix`` prints and what the last full run measured."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,18 @@ from dsa_ext import _C
 
 README = Path(__file__).parents[2] / "README.md"
 MARKER = "<!-- kernels -->"
+FIGURES = "<!-- figures -->"
+RESULTS = README.parent / "benchmarks" / "results" / "h200.json"
+
+
+def readme_part(marker: str) -> list[str]:
+    parts = README.read_text(encoding="utf-8").split(marker)
+    assert len(parts) == 3, f"README.md: expected two {marker}, got {len(parts) - 1}"
+    return parts[1].strip().splitlines()
 
 
 def readme_table() -> list[str]:
-    parts = README.read_text(encoding="utf-8").split(MARKER)
-    assert len(parts) == 3, f"README.md: expected two {MARKER}, got {len(parts) - 1}"
-    return parts[1].strip().splitlines()
+    return readme_part(MARKER)
 
 
 def printed_table() -> list[str]:
@@ -37,3 +44,21 @@ def test_the_readme_has_no_other_rows():
     if all(kernel["device"] == "cpu" for kernel in _C.kernels()):
         pytest.skip("needs a build with CUDA kernels: the README lists them too")
     assert readme_table() == printed_table()
+
+
+def test_figures_are_of_the_committed_run():
+    """Each row's two times and their ratio belong to one case of the results file."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    measured = {
+        (f"{row['us']:.0f}", f"{peer['us']:.0f}", f"{peer['ratio']:.2f}")
+        for row in results["rows"]
+        for peer in row["peers"].values()
+        if peer["ratio"] is not None
+    }
+    lines = readme_part(FIGURES)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
+    figures = {(us, peer.split()[-1], ratio) for _, _, us, peer, ratio in rows[2:]}
+    assert figures <= measured
+    assert len(figures) == len(rows) - 2
+    assert results["date"] in lines[0]
+    assert f"{results['roofs']['copy_gbps']:.0f} GB/s" in lines[-1]
