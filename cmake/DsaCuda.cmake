@@ -51,3 +51,16 @@ function(dsa_cuda_portable target)
     -Xptxas=${ptxas})
   target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_portable>)
 endfunction()
+
+# dsa_cuda_fast(target arch sources...): adds .cu files of kernels written for `arch` alone. A register
+# spill is an error.
+function(dsa_cuda_fast target arch)
+  add_library(${target}_${arch} OBJECT ${ARGN})
+  target_include_directories(${target}_${arch} PRIVATE
+    $<TARGET_PROPERTY:${target},INCLUDE_DIRECTORIES>)
+  target_link_libraries(${target}_${arch} PRIVATE CUDA::cudart_static)
+  target_compile_options(${target}_${arch} PRIVATE
+    -gencode=arch=compute_${arch},code=sm_${arch} --expt-relaxed-constexpr -Xfatbin=-compress-all
+    -Xcompiler=-Wall,-Wextra -Xptxas=--warn-on-spills,--warning-as-error)
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_${arch}>)
+endfunction()

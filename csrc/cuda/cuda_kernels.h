@@ -24,6 +24,10 @@ Support e4m3_products_run_on(const Device& device);
 Status mqa_logits_e4m3(const MqaLogitsParams& params);
 Status paged_mqa_logits_e4m3(const PagedMqaLogitsParams& params);
 
+// cuda/sm90a/mqa_logits_launch.cu
+Support sm90a_mqa_logits_takes(const MqaLogitsParams& params);
+Status sm90a_mqa_logits(const MqaLogitsParams& params);
+
 // cuda/portable/mqa_topk_launch.cu: logits of a chunk of rows into the workspace, then topk_select.
 Support mqa_topk_takes(const MqaTopkParams& params);
 Status mqa_topk(const MqaTopkParams& params);

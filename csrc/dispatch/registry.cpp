@@ -77,6 +77,17 @@ constexpr const char* kPagedMqaTopkCuda =
 constexpr const char* kDecodeCuda =
     "dense and sparse; 16-bit, 656-byte and 584-byte caches; bf16 q for 8-bit ones";
 #endif
+#if DSA_WITH_SM90A
+// What Hopper's own instructions need.
+Support sm90a(const Device& device) {
+  const int arch = cuda::device_limits(device).arch;
+  if (arch == 90) return {};
+  return {"SM90, not SM" + std::to_string(arch)};
+}
+
+constexpr Target kSm90a = {DeviceType::kCuda, sm90a};
+constexpr const char* kIndexSm90a = "SM90; H 1..128, D 32, 64 or 128; q and k on 16 bytes";
+#endif
 
 }  // namespace
 
@@ -93,13 +104,20 @@ constexpr const char* kDecodeCuda =
 #else
 #define DSA_CUDA(...)
 #endif
+#if DSA_WITH_SM90A
+#define DSA_SM90A(...) {__VA_ARGS__},
+#else
+#define DSA_SM90A(...)
+#endif
 
 DSA_KERNELS(MqaLogitsParams,
-            DSA_CUDA("portable_mqa_logits_e4m3", kE4m3, kIndexE4m3, cuda::mqa_logits_takes,
-                     cuda::mqa_logits_e4m3, nullptr, e4m3_products_are_widened)
-                DSA_CUDA("portable_mqa_logits", kSm80, kIndexCuda, cuda::mqa_logits_takes,
-                         cuda::mqa_logits){"cpu_mqa_logits", kCpu, kIndexCpu, index_head_dim,
-                                           cpu::mqa_logits})
+            DSA_SM90A("sm90a_mqa_logits", kSm90a, kIndexSm90a, cuda::sm90a_mqa_logits_takes,
+                      cuda::sm90a_mqa_logits)
+                DSA_CUDA("portable_mqa_logits_e4m3", kE4m3, kIndexE4m3, cuda::mqa_logits_takes,
+                         cuda::mqa_logits_e4m3, nullptr, e4m3_products_are_widened)
+                    DSA_CUDA("portable_mqa_logits", kSm80, kIndexCuda, cuda::mqa_logits_takes,
+                             cuda::mqa_logits){"cpu_mqa_logits", kCpu, kIndexCpu, index_head_dim,
+                                               cpu::mqa_logits})
 
 DSA_KERNELS(PagedMqaLogitsParams,
             DSA_CUDA("portable_paged_mqa_logits_e4m3", kE4m3, kIndexE4m3,
@@ -183,6 +201,7 @@ DSA_KERNELS(MlaCacheGatherParams,
 
 #undef DSA_KERNELS
 #undef DSA_CUDA
+#undef DSA_SM90A
 
 namespace {
 

@@ -322,13 +322,17 @@ def test_one_long_request(name):
 
 # ---- indexer: shapes that kernels tile by --------------------------------------------------------
 
-WIDENED, NATIVE = "mqa_logits", "mqa_logits_e4m3"
+LOGITS_KERNELS = (
+    ("portable_mqa_logits", "portable_paged_mqa_logits"),
+    ("portable_mqa_logits_e4m3", "portable_paged_mqa_logits_e4m3"),
+    ("sm90a_mqa_logits",),
+)
 
 
-@pytest.fixture(params=[WIDENED, NATIVE])
+@pytest.fixture(params=LOGITS_KERNELS, ids=lambda kernels: kernels[0])
 def logits_kernel(request, monkeypatch):
-    """Each of the two kernels, whichever dispatch would choose."""
-    ids = [f"portable_{request.param}", f"portable_paged_{request.param}"]
+    """Each of the kernels, whichever dispatch would choose."""
+    ids = request.param
     for kernel in ids:
         if refusal := _C.kernel_refusal(kernel, torch.cuda.current_device()):
             pytest.skip(f"needs {refusal}")
@@ -354,6 +358,27 @@ def test_logits(H, D):
                 out = filled(expected.shape, dtype)
                 dsa_ext.fp8_mqa_logits(*case.args(), clean, width, out=out.out)
                 assert_close(out.check(), expected, LOGITS_TOLERANCE)
+
+
+@pytest.mark.usefixtures("logits_kernel")
+@pytest.mark.parametrize("H", [32, 64, 128])
+def test_logits_of_packed_requests(H):
+    """Windows of several requests, of none, and of no sense, over more keys than a CTA's chunk."""
+    S, L = 611, 9_000
+    case = prefill(S, H, 128, L, DEVICE)
+    request = torch.arange(S) // 100
+    start = request * 1300
+    end = start + 1 + torch.arange(S) % 100 * 17
+    start[50], end[50] = 700, 300
+    start[51:60], end[51:60] = 0, 0
+    start[61], end[61] = -(2**31), 2**31 - 1
+    args = list(case.args())
+    args[3], args[4] = int32(start, DEVICE), int32(end, DEVICE)
+    for clean, width in ((True, 0), (False, 0), (True, 2000)):
+        expected = reference.fp8_mqa_logits(*args, True, width)
+        out = filled(expected.shape, FP32)
+        dsa_ext.fp8_mqa_logits(*args, clean, width, out=out.out)
+        assert_close(out.check(), expected, LOGITS_TOLERANCE)
 
 
 @pytest.mark.usefixtures("logits_kernel")

@@ -13,7 +13,7 @@
 #include "cuda/common/launch.h"
 #include "cuda/cuda_kernels.h"
 #include "cuda/portable/mqa_logits_launch.cuh"
-#include "dispatch/heuristics.h"
+#include "dispatch/registry.h"
 
 namespace dsa::cuda {
 namespace {
@@ -82,14 +82,16 @@ TensorView ends_view(const TensorView& workspace, std::int64_t rows, std::int64_
   return view;
 }
 
-// The kernels that dispatch prefers, so that the fused ops equal the two steps.
-Status logits(const MqaLogitsParams& p) {
-  const bool native = !e4m3_products_are_widened(p) && e4m3_products_run_on(p.launch.device).ok();
-  return native ? mqa_logits_e4m3(p) : mqa_logits(p);
-}
-Status logits(const PagedMqaLogitsParams& p) {
-  const bool native = !e4m3_products_are_widened(p) && e4m3_products_run_on(p.launch.device).ok();
-  return native ? paged_mqa_logits_e4m3(p) : paged_mqa_logits(p);
+// By the kernel that dispatch prefers, so that the fused ops equal the two steps.
+template <typename Params>
+Status logits(const Params& p) {
+  for (const Kernel<Params>& kernel : kernels<Params>()) {
+    const bool loses = kernel.loses != nullptr && kernel.loses(p);
+    if (runs_on(kernel.target, p.launch.device).ok() && !loses && kernel.supports(p).ok()) {
+      return kernel.run(p);
+    }
+  }
+  return Status::internal(std::string(Params::kOp) + ": no kernel");
 }
 
 dim3 flat_grid(std::int64_t items) {

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+// wgmma (SM90a): products of a warpgroup with operands in shared memory. PTX ISA, "Asynchronous
+// Warpgroup Level Matrix Multiply-Accumulate Instructions".
+//
+// D [64, N]: warp w of the warpgroup has rows 16 w + g and + 8 (lane = 4 g + t); d[4 j + 0, 1] are
+// columns 8 j + 2 t, + 1 of row g, d[4 j + 2, 3] the same of row g + 8.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/ptx/ldst.cuh"
+
+namespace dsa::cuda::ptx {
+
+// Registers change hands between warpgroups; all its warps execute it.
+template <int kRegisters>
+__device__ __forceinline__ void set_max_registers_up() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void set_max_registers_down() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Descriptor of a K-major operand whose rows are kRowBytes (32, 64 or 128) long and back to back,
+// swizzled over that length, as a tensor copy with the same swizzle leaves them. Its base is on
+// 8 * kRowBytes. Adding bytes / 16 moves along the row.
+template <int kRowBytes>
+__device__ __forceinline__ std::uint64_t wgmma_descriptor(const void* shared) {
+  static_assert(kRowBytes == 32 || kRowBytes == 64 || kRowBytes == 128);
+  constexpr std::uint64_t kSwizzle = kRowBytes == 128 ? 1 : kRowBytes == 64 ? 2 : 3;
+  constexpr std::uint64_t kEightRows = 8 * kRowBytes / 16;
+  return (shared_address(shared) & 0x3FFFFu) >> 4 | std::uint64_t{1} << 16 | kEightRows << 32 |
+         kSwizzle << 62;
+}
+
+// d (+)= A B^T of e4m3, A [64, 32], B [128, 32], both K-major in shared memory.
+__device__ __forceinline__ void wgmma_64x128x32_e4m3(float (&d)[64], std::uint64_t a,
+                                                     std::uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred accumulate;\n"
+      "setp.ne.b32 accumulate, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "%64, %65, accumulate, 1, 1;\n"
+      "}"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
+        "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
+        "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
+        "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]),
+        "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]),
+        "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),
+        "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]),
+        "+f"(d[63])
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+}
+
+}  // namespace dsa::cuda::ptx
