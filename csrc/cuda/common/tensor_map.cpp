@@ -39,10 +39,20 @@ Status make_tensor_map(const ByteTensor& tensor, CUtensorMap& map) {
   const CUtensorMapSwizzle swizzle = tensor.box[0] == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
                                      : tensor.box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                                            : CU_TENSOR_MAP_SWIZZLE_32B;
-  const CUresult result =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, static_cast<cuuint32_t>(tensor.rank),
-             const_cast<void*>(tensor.data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto encode_map = [&] {
+    return encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, static_cast<cuuint32_t>(tensor.rank),
+                  const_cast<void*>(tensor.data), size, stride, box, step,
+                  CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = encode_map();
+  if (result == CUDA_ERROR_INVALID_CONTEXT) {
+    // A thread that has made no call of the runtime yet: unlike those, this one binds no context.
+    int device = 0;
+    if (cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess) {
+      result = encode_map();
+    }
+  }
   if (result == CUDA_SUCCESS) return {};
   return Status::internal("cuTensorMapEncodeTiled: error " + std::to_string(result));
 }

@@ -155,8 +155,10 @@ __device__ __forceinline__ float share_beside(float sink, float lse) {
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     portable_attention_kernel(const __grid_constant__ AttentionArgs args) {
-  if constexpr (sizeof(typename Config::SharedStorage) > kMostSharedBytes)
-    return;  // never launched
+  if constexpr (sizeof(typename Config::SharedStorage) > kMostSharedBytes) {
+    __trap();  // Code for an older architecture, on a GPU that has the room.
+    return;
+  }
   extern __shared__ __align__(128) std::uint8_t shared_bytes[];
   auto& shared = *reinterpret_cast<typename Config::SharedStorage*>(shared_bytes);
 

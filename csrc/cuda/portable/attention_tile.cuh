@@ -284,9 +284,11 @@ class AttentionTile {
   // store(head, column, x0, x1) for every pair of neighbouring columns of the output times alpha.
   template <typename Store>
   __device__ void store_out(const Store& store) const {
-    float unit = 1.0f;
+    // Apart: their product may not be finite where the result is.
+    float unit = 1.0f, scale = 1.0f;
     if constexpr (Config::kIsV32) {
-      unit = 1.0f / Config::kProbabilityUnit * power_of_two(scale_exponent_);
+      unit = 1.0f / Config::kProbabilityUnit;
+      scale = power_of_two(scale_exponent_);
     }
 #pragma unroll
     for (int r = 0; r < Config::kRowTiles; ++r) {
@@ -294,7 +296,7 @@ class AttentionTile {
       for (int half = 0; half < 2; ++half) {
         const int head = 16 * r + 8 * half + lane_ / 4;
         const float f = shared_.alpha[head] * unit;
-        const auto times_f = [&](float x) { return f < 0.0f ? 0.0f : x * f; };
+        const auto times_f = [&](float x) { return f < 0.0f ? 0.0f : x * f * scale; };
 #pragma unroll
         for (int c = 0; c < Config::kColumnTiles; c += 2) {
           const int first = column() + 8 * c;

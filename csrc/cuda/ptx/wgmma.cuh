@@ -33,6 +33,13 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// After a wait: nothing that reads d may be scheduled before it. No instructions.
+template <int kRegisters>
+__device__ __forceinline__ void wgmma_result(float (&d)[kRegisters]) {
+#pragma unroll
+  for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // Descriptor of a K-major operand whose rows are kRowBytes (32, 64 or 128) long and back to back,
 // swizzled over that length, as a tensor copy with the same swizzle leaves them. Its base is on
 // 8 * kRowBytes. Adding bytes / 16 moves along the row.

@@ -22,7 +22,7 @@ struct MqaLogitsConfig {
   static constexpr int kTileKeys = kMathWarpgroups * kWarpgroupKeys;
   static constexpr int kMathWarps = 4 * kMathWarpgroups;
   static constexpr int kThreads = 128 * (kMathWarpgroups + 1);
-  // 65536 of an SM: 2 * 128 * 224 + 128 * 56 and a little.
+  // 64512 of an SM's 65536: 2 * 128 * 232 + 128 * 40.
   static constexpr int kMathRegisters = 232;
   static constexpr int kProducerRegisters = 40;
 

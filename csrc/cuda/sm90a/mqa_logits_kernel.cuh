@@ -36,7 +36,7 @@ struct BlockWindows {
   __device__ BlockWindows(const MqaTask<FlatKeys>& task, std::int32_t first_query,
                           std::uint32_t chunk_begin, std::uint32_t chunk_keys, int lane) {
     static_assert(Config::kQueries <= 32);
-    const std::int32_t row = first_query + lane;
+    const std::int64_t row = std::int64_t{first_query} + lane;
     if (lane < Config::kQueries && row < task.rows_per_group) window = task.keys.window(0, row);
     const bool empty = window.begin >= window.end;
     std::uint32_t begin = __reduce_min_sync(~0u, empty ? ~0u : window.begin);
@@ -286,6 +286,7 @@ class MqaLogitsMath {
       multiply(odd, stage.index, q + kHalfBytes);
       tile.load_scale();
       ptx::wgmma_wait<1>();
+      ptx::wgmma_result(even);
       finish<0>(even, tile);
       const int done = stage.index;
       stage.advance();
@@ -297,6 +298,7 @@ class MqaLogitsMath {
         ptx::wgmma_wait<0>();
       }
       if (lane_ == 0) ptx::mbarrier_arrive(shared_.empty_k[done]);
+      ptx::wgmma_result(odd);
       finish<1>(odd, tile);
       tile.advance();
     }
