@@ -466,8 +466,9 @@ TEST(Registry, EveryCudaKernelAsksForAnArchitecture) {
     const std::string reason = runs_on(kernel.target, absent).reason;
     const std::string expected = kernel.target.type == DeviceType::kCpu
                                      ? "takes cpu tensors, not cuda:63"
-                                 : kernel.id.ends_with("_e4m3") ? "SM89 or newer, not SM0"
-                                                                : "SM80 or newer, not SM0";
+                                 : kernel.id.starts_with("sm90a_") ? "SM90, not SM0"
+                                 : kernel.id.ends_with("_e4m3")    ? "SM89 or newer, not SM0"
+                                                                   : "SM80 or newer, not SM0";
     EXPECT_EQ(reason, expected) << kernel.id;
   }
 }

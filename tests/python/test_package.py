@@ -384,11 +384,13 @@ def test_kernel_refusal():
         if kernel["device"] == "cpu":
             assert reason == "takes cpu tensors, not cuda:63"
         else:
-            assert re.fullmatch(r"SM\d+ or newer, not SM0", reason)
+            assert re.fullmatch(r"SM\d+( or newer)?, not SM0", reason)
     for device, properties in enumerate(_C.cuda_devices()):
         for kernel in _C.kernels():
-            if kernel["device"] == "cuda" and not kernel["id"].endswith("_e4m3"):
-                refused = _C.kernel_refusal(kernel["id"], device) != ""
+            refused = _C.kernel_refusal(kernel["id"], device) != ""
+            if kernel["id"].startswith("sm90a_"):
+                assert refused == (properties["arch"] != 90)
+            elif kernel["device"] == "cuda" and not kernel["id"].endswith("_e4m3"):
                 assert refused == (properties["arch"] < 80)
     with pytest.raises(ValueError, match=r"^kernel_refusal: id: expected one of kernels"):
         _C.kernel_refusal("no_such_kernel", 0)

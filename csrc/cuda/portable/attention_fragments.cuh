@@ -190,7 +190,8 @@ class ValueFragments {
   }
 
   // Loads keys [key, key + 16) of block `block` of 64 columns and calls use(c, b0, b1) with the B
-  // fragment of each product, c = 0 .. 7. Which columns of the block product c has: column_of().
+  // fragment of each product, c = 0 .. 7. Which columns of the block product c has:
+  // AttentionTile::store_out.
   template <typename Use>
   __device__ void load_block(int key, int block, const Use& use) const {
     if (Config::holds_codes(column_ + block * kDimBlock)) {

@@ -11,10 +11,6 @@
 
 namespace dsa::cuda::ptx {
 
-__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
 // By one thread. What is outside the tensor arrives as zeros, and counts as bytes.
 __device__ __forceinline__ void tma_load(void* shared, const CUtensorMap& map, Mbarrier& barrier,
                                          std::int32_t c0, std::int32_t c1) {
