@@ -2,8 +2,8 @@
 // indexer_k_quant_and_cache and gather_indexer_k_cache.
 //
 // Write: a token's key is one group of up to 128 values, in the registers of a team of 8 lanes, 16
-// values each; a team takes kTokensPerTeam tokens, whose loads are in flight together. No shared
-// memory, no barriers.
+// values each. One token a team, and so few registers that 2048 threads an SM keep loads in flight:
+// more tokens a team were slower. No shared memory, no barriers.
 //
 // Gather: a cta takes kGatherRows rows. Their places are found once for the cta (shared memory:
 // the places and a request a row; the barriers are find_places'); a thread each then moves the
@@ -25,12 +25,19 @@ inline constexpr int kIndexerThreads = 256;
 inline constexpr int kIndexerTeam = 8;
 inline constexpr int kIndexerTeams = kIndexerThreads / kIndexerTeam;
 inline constexpr int kMaxWrittenHeadDim = kIndexerTeam * kLaneValues;  // one scale a token
+inline constexpr int kWriteThreads = 128;
+inline constexpr int kWriteTokens = kWriteThreads / kIndexerTeam;
+// All threads of an SM, which leaves them 32 registers each; values of 4 bytes need 40.
+#if defined(__CUDA_ARCH__) && \
+    (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 870 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+inline constexpr int kSmThreads = 1536;
+#else
+inline constexpr int kSmThreads = 2048;
+#endif
+template <typename T>
+inline constexpr int kWriteCtas = (sizeof(T) == 2 ? kSmThreads : 1536) / kWriteThreads;
 inline constexpr int kRowsPerTeam = 4;
 inline constexpr int kGatherRows = kIndexerTeams * kRowsPerTeam;
-
-// Several at once where they fit into the registers of a thread.
-template <typename T>
-inline constexpr int kTokensPerTeam = sizeof(T) == 2 ? 4 : 1;
 
 // Where the codes and the scale of a token of a page stand.
 struct IndexerPages {
@@ -61,41 +68,28 @@ struct IndexerWrite {
 };
 
 template <typename T, bool kWhole>
-__global__ void __launch_bounds__(kIndexerThreads)
+__global__ void __launch_bounds__(kWriteThreads, kWriteCtas<T>)
     portable_indexer_cache_write_kernel(IndexerWrite write) {
-  constexpr int kTokens = kTokensPerTeam<T>;
   const int lane = static_cast<int>(threadIdx.x) % kIndexerTeam;
   const int begin = lane * kLaneValues;
-  const std::int64_t first = std::int64_t{blockIdx.x} * (kTokens * kIndexerTeams) +
+  const std::int64_t token = std::int64_t{blockIdx.x} * kWriteTokens +
                              static_cast<int>(threadIdx.x) / kIndexerTeam;
   const std::int64_t valid = write.pages.layout.head_dim - begin;
   // Teams past the last token go on with nothing, since the warp's shuffles need all lanes.
-  const auto any = [&](int i) { return first + i * kIndexerTeams < write.k.size(0); };
-
-  Pack<T, kLaneValues> values[kTokens];
-#pragma unroll
-  for (int i = 0; i < kTokens; ++i) {
-    const std::int64_t token = any(i) ? first + i * kIndexerTeams : 0;
-    values[i] = load<kWhole, T, kLaneValues>(
-        write.k.ptr<const T>() + token * write.k.stride(0) + begin, any(i) ? valid : 0);
-  }
-  std::int64_t slots[kTokens];  // after the keys, so that those do not wait for them
-#pragma unroll
-  for (int i = 0; i < kTokens; ++i) {
-    slots[i] = any(i) ? read_slot(write.slot_mapping, first + i * kIndexerTeams, write.num_slots)
-                      : kInvalidSlot;
-  }
-#pragma unroll
-  for (int i = 0; i < kTokens; ++i) {
-    float scale = group_scale_of_team<kIndexerTeam>(values[i]);
-    if (write.ue8m0) scale = ue8m0_decode(ue8m0_encode(scale));
-    const Pack<std::uint8_t, kLaneValues> codes = quantise(values[i], scale);
-    if (slots[i] < 0) continue;
-    const std::int64_t page = write.page_size.quotient(slots[i]);
-    const CachePlace place{page, slots[i] - page * write.page_size.divisor()};
-    store<kWhole>(write.pages.values(place) + begin, codes, valid);
-    if (lane == 0) store_unaligned(write.pages.scale(place), scale);
-  }
+  const bool any = token < write.k.size(0);
+  const Pack<T, kLaneValues> values = load<kWhole, T, kLaneValues>(
+      write.k.ptr<const T>() + (any ? token : 0) * write.k.stride(0) + begin, any ? valid : 0);
+  // After the key, so that this does not wait for it.
+  const std::int64_t slot =
+      any ? read_slot(write.slot_mapping, token, write.num_slots) : kInvalidSlot;
+  float scale = group_scale_of_team<kIndexerTeam>(values);
+  if (write.ue8m0) scale = ue8m0_decode(ue8m0_encode(scale));
+  const Pack<std::uint8_t, kLaneValues> codes = quantise(values, scale);
+  if (slot < 0) return;
+  const std::int64_t page = write.page_size.quotient(slot);
+  const CachePlace place{page, slot - page * write.page_size.divisor()};
+  store<kWhole>(write.pages.values(place) + begin, codes, valid);
+  if (lane == 0) store_unaligned(write.pages.scale(place), scale);
 }
 
 struct IndexerGather {

@@ -21,8 +21,7 @@ Status indexer_cache_write(const IndexerCacheWriteParams& params) {
   static_assert(kMaxWrittenHeadDim == 128, "what validate lets through");
   return with_value_type(params.k.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const std::int64_t ctas =
-        ceil_div<std::int64_t>(params.k.size(0), kIndexerTeams * kTokensPerTeam<T>);
+    const std::int64_t ctas = ceil_div<std::int64_t>(params.k.size(0), kWriteTokens);
     if (ctas > kMaxGridX) return Status::internal("portable_indexer_cache_write_kernel: too many");
     const IndexerWrite write{
         params.k,
@@ -36,7 +35,7 @@ Status indexer_cache_write(const IndexerCacheWriteParams& params) {
     return with_flag(whole, [&](auto flag) {
       return launch<portable_indexer_cache_write_kernel<T, decltype(flag)::value>>(
           "portable_indexer_cache_write_kernel", params.launch, dim3(static_cast<unsigned>(ctas)),
-          kIndexerThreads, 0, write);
+          kWriteThreads, 0, write);
     });
   });
 }

@@ -42,19 +42,33 @@ __device__ __forceinline__ void wgmma_result(float (&d)[kRegisters]) {
 
 // Descriptor of a K-major operand whose rows are kRowBytes (32, 64 or 128) long and back to back,
 // swizzled over that length, as a tensor copy with the same swizzle leaves them. Its base is on
-// 8 * kRowBytes. Adding bytes / 16 moves along the row.
+// 8 * kRowBytes; adding bytes moves along a row or to other rows.
 template <int kRowBytes>
-__device__ __forceinline__ std::uint64_t wgmma_descriptor(const void* shared) {
+class WgmmaDescriptor {
   static_assert(kRowBytes == 32 || kRowBytes == 64 || kRowBytes == 128);
-  constexpr std::uint64_t kSwizzle = kRowBytes == 128 ? 1 : kRowBytes == 64 ? 2 : 3;
-  constexpr std::uint64_t kEightRows = 8 * kRowBytes / 16;
-  return (shared_address(shared) & 0x3FFFFu) >> 4 | std::uint64_t{1} << 16 | kEightRows << 32 |
-         kSwizzle << 62;
-}
+  static constexpr std::uint64_t kSwizzle = kRowBytes == 128 ? 1 : kRowBytes == 64 ? 2 : 3;
+  static constexpr std::uint64_t kEightRows = 8 * kRowBytes / 16;
+
+ public:
+  __device__ explicit WgmmaDescriptor(const void* shared)
+      : low_((shared_address(shared) & 0x3FFFFu) >> 4 | 1u << 16) {}
+
+  __device__ WgmmaDescriptor operator+(std::uint32_t bytes) const {
+    WgmmaDescriptor moved = *this;
+    moved.low_ += bytes / 16;
+    return moved;
+  }
+  __device__ std::uint64_t bits() const { return low_ | kEightRows << 32 | kSwizzle << 62; }
+
+ private:
+  std::uint32_t low_;  // the address stays below its 14 bits
+};
 
 // d (+)= A B^T of e4m3, A [64, 32], B [128, 32], both K-major in shared memory.
-__device__ __forceinline__ void wgmma_64x128x32_e4m3(float (&d)[64], std::uint64_t a,
-                                                     std::uint64_t b, bool accumulate) {
+template <int kRowBytes>
+__device__ __forceinline__ void wgmma_64x128x32_e4m3(float (&d)[64], WgmmaDescriptor<kRowBytes> a,
+                                                     WgmmaDescriptor<kRowBytes> b,
+                                                     bool accumulate) {
   asm volatile(
       "{\n"
       ".reg .pred accumulate;\n"
@@ -76,7 +90,7 @@ __device__ __forceinline__ void wgmma_64x128x32_e4m3(float (&d)[64], std::uint64
         "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
         "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]),
         "+f"(d[63])
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+      : "l"(a.bits()), "l"(b.bits()), "r"(static_cast<int>(accumulate)));
 }
 
 }  // namespace dsa::cuda::ptx

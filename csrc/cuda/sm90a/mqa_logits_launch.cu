@@ -11,7 +11,6 @@ namespace {
 template <typename Config>
 Status launch_sm90a_mqa_logits(const MqaLogitsParams& p) {
   MqaTask<FlatKeys> task = make_task(p);
-  const std::int64_t extent = std::max(task.columns, task.keys.num_keys);
   if (task.rows_per_group == 0) return {};
   CUtensorMap q_map, k_map;
   const Status q_status = make_tensor_map({p.q.data,
@@ -29,24 +28,25 @@ Status launch_sm90a_mqa_logits(const MqaLogitsParams& p) {
                                           k_map);
   if (!k_status.ok()) return k_status;
 
-  // Enough pairs that the last ones end together, each long enough to hide what it begins with.
-  constexpr std::int64_t kPairsPerSm = 32;
-  constexpr std::int64_t kFewestTiles = 8, kMostTiles = 64;
+  // Of key bytes in L2 while a launch lasts: half of Hopper's 50 MB.
+  constexpr std::int64_t kKeysAtOnce = (std::int64_t{24} << 20) / Config::kDim;
+  static_assert(kKeysAtOnce % Config::kTileKeys == 0);
   const int num_sms = std::max(device_limits(p.launch.device).num_sms, 1);
   const std::int64_t blocks = ceil_div<std::int64_t>(task.rows_per_group, Config::kQueries);
-  const std::int64_t tiles = ceil_div<std::int64_t>(extent, Config::kTileKeys);
-  constexpr std::int64_t kMostPairs = std::int64_t{1} << 31;
-  const std::int64_t chunk_tiles =
-      std::max(std::clamp(blocks * tiles / (kPairsPerSm * num_sms), kFewestTiles, kMostTiles),
-               ceil_div(tiles, kMostPairs / blocks));
-  const std::int64_t pairs = blocks * ceil_div(tiles, chunk_tiles);
-  const sm90a::MqaLogitsSchedule schedule{
-      static_cast<std::uint32_t>(blocks), static_cast<std::uint32_t>(pairs),
-      static_cast<std::uint32_t>(chunk_tiles * Config::kTileKeys)};
-  const auto grid = static_cast<unsigned>(std::min<std::int64_t>(pairs, num_sms));
-  return launch<sm90a::sm90a_mqa_logits_kernel<Config>>(
-      "sm90a_mqa_logits", p.launch, dim3(grid), Config::kThreads,
-      sizeof(typename Config::SharedStorage), task, schedule, q_map, k_map);
+  for (std::int64_t begin = 0; begin == 0 || begin < task.keys.num_keys; begin += kKeysAtOnce) {
+    const bool is_last = begin + kKeysAtOnce >= task.keys.num_keys;
+    const std::int64_t end = is_last ? task.keys.num_keys : begin + kKeysAtOnce;
+    const sm90a::MqaLogitsRange keys{
+        static_cast<std::uint32_t>(begin), static_cast<std::uint32_t>(end),
+        static_cast<std::uint32_t>(is_last ? task.columns : std::min(end, task.columns))};
+    const std::int64_t tiles = ceil_div<std::int64_t>(end - begin, Config::kTileKeys);
+    const auto grid = static_cast<unsigned>(std::min<std::int64_t>(blocks * tiles, num_sms));
+    const Status status = launch<sm90a::sm90a_mqa_logits_kernel<Config>>(
+        "sm90a_mqa_logits", p.launch, dim3(grid), Config::kThreads,
+        sizeof(typename Config::SharedStorage), task, keys, q_map, k_map);
+    if (!status.ok()) return status;
+  }
+  return {};
 }
 
 template <int kDim>
