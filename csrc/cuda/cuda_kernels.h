@@ -27,6 +27,8 @@ Status paged_mqa_logits_e4m3(const PagedMqaLogitsParams& params);
 // cuda/sm90a/mqa_logits_launch.cu
 Support sm90a_mqa_logits_takes(const MqaLogitsParams& params);
 Status sm90a_mqa_logits(const MqaLogitsParams& params);
+Support sm90a_paged_mqa_logits_takes(const PagedMqaLogitsParams& params);
+Status sm90a_paged_mqa_logits(const PagedMqaLogitsParams& params);
 
 // cuda/portable/mqa_topk_launch.cu: logits of a chunk of rows into the workspace, then topk_select.
 Support mqa_topk_takes(const MqaTopkParams& params);

@@ -87,6 +87,8 @@ Support sm90a(const Device& device) {
 
 constexpr Target kSm90a = {DeviceType::kCuda, sm90a};
 constexpr const char* kIndexSm90a = "SM90; H 1..128, D 32, 64 or 128; q and k on 16 bytes";
+constexpr const char* kPagedIndexSm90a =
+    "SM90; H 1..128, D 128; pages of 8 keys or a multiple; q and pages on 16 bytes";
 #endif
 
 }  // namespace
@@ -120,12 +122,15 @@ DSA_KERNELS(MqaLogitsParams,
                                                cpu::mqa_logits})
 
 DSA_KERNELS(PagedMqaLogitsParams,
-            DSA_CUDA("portable_paged_mqa_logits_e4m3", kE4m3, kIndexE4m3,
-                     cuda::paged_mqa_logits_takes, cuda::paged_mqa_logits_e4m3, nullptr,
-                     e4m3_products_are_widened)
-                DSA_CUDA("portable_paged_mqa_logits", kSm80, kIndexCuda,
-                         cuda::paged_mqa_logits_takes, cuda::paged_mqa_logits){
-                    "cpu_paged_mqa_logits", kCpu, kIndexCpu, index_head_dim, cpu::paged_mqa_logits})
+            DSA_SM90A("sm90a_paged_mqa_logits", kSm90a, kPagedIndexSm90a,
+                      cuda::sm90a_paged_mqa_logits_takes, cuda::sm90a_paged_mqa_logits)
+                DSA_CUDA("portable_paged_mqa_logits_e4m3", kE4m3, kIndexE4m3,
+                         cuda::paged_mqa_logits_takes, cuda::paged_mqa_logits_e4m3, nullptr,
+                         e4m3_products_are_widened)
+                    DSA_CUDA("portable_paged_mqa_logits", kSm80, kIndexCuda,
+                             cuda::paged_mqa_logits_takes,
+                             cuda::paged_mqa_logits){"cpu_paged_mqa_logits", kCpu, kIndexCpu,
+                                                     index_head_dim, cpu::paged_mqa_logits})
 
 DSA_KERNELS(PagedMqaLogitsMetadataParams,
             DSA_CUDA("portable_paged_mqa_logits_metadata", kSm80, "any", any,

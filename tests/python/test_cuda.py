@@ -325,7 +325,7 @@ def test_one_long_request(name):
 LOGITS_KERNELS = (
     ("portable_mqa_logits", "portable_paged_mqa_logits"),
     ("portable_mqa_logits_e4m3", "portable_paged_mqa_logits_e4m3"),
-    ("sm90a_mqa_logits",),
+    ("sm90a_mqa_logits", "sm90a_paged_mqa_logits"),
 )
 
 
@@ -381,18 +381,55 @@ def test_logits_of_packed_requests(H):
         assert_close(out.check(), expected, LOGITS_TOLERANCE)
 
 
-@pytest.mark.usefixtures("logits_kernel")
+def check_paged(case):
+    expected = reference.fp8_paged_mqa_logits(*case.args())
+    for clean, dtype in itertools.product((True, False), (FP32, BF16)):
+        out = filled(expected.shape, dtype)
+        dsa_ext.fp8_paged_mqa_logits(*case.args(), clean, out=out.out)
+        assert_close(out.check(), expected, LOGITS_TOLERANCE)
+
+
+@pytest.mark.parametrize("logits_kernel", LOGITS_KERNELS[:2], indirect=True)
 @pytest.mark.parametrize("page_size", [1, 64, 100])
 @pytest.mark.parametrize("next_n", range(1, 9))
-def test_paged_logits(next_n, page_size):
+def test_paged_logits(next_n, page_size, logits_kernel):
     for H, D in ((64, 128), (5, 64), (128, 32)):
         for two_d in (False, True):
             case = paged_case(4, next_n, H, D, page_size, DEVICE, two_d=two_d, invalid_pages=True)
-            expected = reference.fp8_paged_mqa_logits(*case.args())
-            for clean, dtype in itertools.product((True, False), (FP32, BF16)):
-                out = filled(expected.shape, dtype)
-                dsa_ext.fp8_paged_mqa_logits(*case.args(), clean, out=out.out)
-                assert_close(out.check(), expected, LOGITS_TOLERANCE)
+            check_paged(case)
+
+
+@pytest.mark.usefixtures("logits_kernel")
+@pytest.mark.parametrize("page_size", [8, 24, 64, 256])
+@pytest.mark.parametrize("next_n", range(1, 9))
+def test_paged_logits_of_aligned_pages(next_n, page_size):
+    for H in (5, 17, 32, 64, 100, 128):
+        check_paged(paged_case(4, next_n, H, 128, page_size, DEVICE, two_d=H < 64))
+        check_paged(paged_case(4, next_n, H, 128, page_size, DEVICE, invalid_pages=True))
+
+
+@pytest.mark.usefixtures("logits_kernel")
+@pytest.mark.parametrize("next_n", [1, 2, 3, 8])
+@pytest.mark.parametrize("batch", [1, 9, 700])
+def test_paged_logits_of_long_requests(batch, next_n):
+    """Requests that several CTAs share, and more requests than a CTA has threads."""
+    longest = 70_000 // batch
+    check_paged(paged_case(batch, next_n, 64, 128, 64, DEVICE, longest=longest, invalid_pages=True))
+
+
+@pytest.mark.usefixtures("logits_kernel")
+def test_logits_of_more_keys_than_l2():
+    """A launch for every so many keys, windows across their border."""
+    S, L = 9, 450_000
+    case = prefill(S, 32, 128, L, DEVICE)
+    args = list(case.args())
+    args[3] = int32([0, 100, 196_000, 196_608, 200_000, 0, 449_000, 5, 7], DEVICE)
+    args[4] = int32([L, 150_000, 197_000, 196_609, 200_000, 196_608, L, 393_217, 6], DEVICE)
+    for clean, width in ((True, 0), (False, 0), (True, 300_000)):
+        expected = reference.fp8_mqa_logits(*args, True, width)
+        out = filled(expected.shape, FP32)
+        dsa_ext.fp8_mqa_logits(*args, clean, width, out=out.out)
+        assert_close(out.check(), expected, LOGITS_TOLERANCE)
 
 
 @pytest.mark.parametrize("H", [1, 17, 64, 100])

@@ -133,11 +133,21 @@ class Paged:
 
 
 def paged_case(
-    B, next_n, H, D, page_size, device, *, two_d=False, exact=False, invalid_pages=False
+    B,
+    next_n,
+    H,
+    D,
+    page_size,
+    device,
+    *,
+    longest=None,
+    two_d=False,
+    exact=False,
+    invalid_pages=False,
 ) -> Paged:
     """Lengths with a zero and a negative one among them; only visible tokens are not NaN."""
     make = exact_e4m3 if exact else random_e4m3
-    longest = 3 * page_size + 45
+    longest = longest or 3 * page_size + 45
     lens = [longest if b == 0 else int(torch.randint(1, longest, (1,))) for b in range(B)]
     if B > 2:
         lens[-1], lens[-2] = 0, -3

@@ -29,8 +29,8 @@ EncodeFn find_encode() {
 Status make_tensor_map(const ByteTensor& tensor, CUtensorMap& map) {
   static const EncodeFn encode = find_encode();
   if (encode == nullptr) return Status::internal("the driver has no cuTensorMapEncodeTiled");
-  cuuint64_t size[3], stride[2];
-  cuuint32_t box[3], step[3] = {1, 1, 1};
+  cuuint64_t size[4], stride[3];
+  cuuint32_t box[4], step[4] = {1, 1, 1, 1};
   for (int i = 0; i < tensor.rank; ++i) {
     size[i] = static_cast<cuuint64_t>(tensor.size[i]);
     box[i] = static_cast<cuuint32_t>(tensor.box[i]);
@@ -42,7 +42,7 @@ Status make_tensor_map(const ByteTensor& tensor, CUtensorMap& map) {
   const auto encode_map = [&] {
     return encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, static_cast<cuuint32_t>(tensor.rank),
                   const_cast<void*>(tensor.data), size, stride, box, step,
-                  CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                  CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_NONE,
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   };
   CUresult result = encode_map();

@@ -13,10 +13,10 @@ namespace dsa::cuda {
 // A tensor of bytes, dimension 0 contiguous; strides in bytes, of dimensions 1 and up.
 struct ByteTensor {
   const void* data;
-  int rank;  // 2 or 3
-  std::int64_t size[3];
-  std::int64_t stride[2];
-  std::int32_t box[3];  // box[0] is 32, 64 or 128, and the swizzle as wide
+  int rank;  // 2 to 4
+  std::int64_t size[4];
+  std::int64_t stride[3];
+  std::int32_t box[4];  // box[0] is 32, 64 or 128, and the swizzle as wide
 };
 
 Status make_tensor_map(const ByteTensor& tensor, CUtensorMap& map);

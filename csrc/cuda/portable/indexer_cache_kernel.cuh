@@ -28,8 +28,8 @@ inline constexpr int kMaxWrittenHeadDim = kIndexerTeam * kLaneValues;  // one sc
 inline constexpr int kWriteThreads = 128;
 inline constexpr int kWriteTokens = kWriteThreads / kIndexerTeam;
 // All threads of an SM, which leaves them 32 registers each; values of 4 bytes need 40.
-#if defined(__CUDA_ARCH__) && \
-    (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 870 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 870 || \
+                               __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
 inline constexpr int kSmThreads = 1536;
 #else
 inline constexpr int kSmThreads = 2048;
@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(kWriteThreads, kWriteCtas<T>)
     portable_indexer_cache_write_kernel(IndexerWrite write) {
   const int lane = static_cast<int>(threadIdx.x) % kIndexerTeam;
   const int begin = lane * kLaneValues;
-  const std::int64_t token = std::int64_t{blockIdx.x} * kWriteTokens +
-                             static_cast<int>(threadIdx.x) / kIndexerTeam;
+  const std::int64_t token =
+      std::int64_t{blockIdx.x} * kWriteTokens + static_cast<int>(threadIdx.x) / kIndexerTeam;
   const std::int64_t valid = write.pages.layout.head_dim - begin;
   // Teams past the last token go on with nothing, since the warp's shuffles need all lanes.
   const bool any = token < write.k.size(0);

@@ -96,11 +96,18 @@ struct PagedKeys {
     return table[request * table_stride + page_size.quotient_of_31_bits(key)];
   }
 
+  // In 32 bits, since a longer page holds all keys.
+  DSA_HOST_DEVICE std::uint32_t token_of_page(std::uint32_t key) const {
+    return key - page_size.quotient_of_31_bits(key) * static_cast<std::uint32_t>(layout.page_size);
+  }
+  DSA_HOST_DEVICE const std::uint8_t* scale(std::int32_t page, std::uint32_t token) const {
+    return cache + page * page_stride + layout.scale(token);
+  }
+
   DSA_HOST_DEVICE KeyAddress locate(std::int32_t page, std::uint32_t key) const {
     if (page < 0 || page >= num_pages) return {};
-    const std::int64_t offset = key - page_size.quotient_of_31_bits(key) * layout.page_size;
-    const std::uint8_t* base = cache + page * page_stride;
-    return {base + layout.values(offset), base + layout.scale(offset)};
+    const std::uint32_t token = token_of_page(key);
+    return {cache + page * page_stride + layout.values(token), scale(page, token)};
   }
 };
 

@@ -11,6 +11,10 @@
 
 namespace dsa::cuda::ptx {
 
+__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 // By one thread. What is outside the tensor arrives as zeros, and counts as bytes.
 __device__ __forceinline__ void tma_load(void* shared, const CUtensorMap& map, Mbarrier& barrier,
                                          std::int32_t c0, std::int32_t c1) {
@@ -22,11 +26,40 @@ __device__ __forceinline__ void tma_load(void* shared, const CUtensorMap& map, M
 }
 
 __device__ __forceinline__ void tma_load(void* shared, const CUtensorMap& map, Mbarrier& barrier,
-                                         std::int32_t c0, std::int32_t c1, std::int32_t c2) {
+                                         std::int32_t c0, std::int32_t c1, std::int32_t c2,
+                                         std::int32_t c3) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(shared)),
-      "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2)
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
+// For what is read once: the first to leave L2.
+__device__ __forceinline__ std::uint64_t evict_first_policy() {
+  std::uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ void tma_load_once(void* shared, const CUtensorMap& map,
+                                              Mbarrier& barrier, std::int32_t c0, std::int32_t c1,
+                                              std::int32_t c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "l"(evict_first_policy())
+      : "memory");
+}
+
+// Contiguous bytes: addresses and length on 16 bytes.
+__device__ __forceinline__ void bulk_load_once(void* shared, const void* global,
+                                               std::uint32_t bytes, Mbarrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(shared)),
+      "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(&barrier)),
+      "l"(evict_first_policy())
       : "memory");
 }
 

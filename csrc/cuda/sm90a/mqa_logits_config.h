@@ -10,37 +10,47 @@
 
 namespace dsa::cuda::sm90a {
 
-template <int kHeads_, int kDim_>
+// A warpgroup has kWarpgroupColumns columns of a tile. Warpgroups past kColumnGroups have the same
+// columns and other keys.
+template <int kHeads_, int kDim_, int kMathWarpgroups_, int kWarpgroupColumns_, int kColumnGroups_>
 struct MqaLogitsConfig {
   static constexpr int kHeads = kHeads_;  // columns of a query; heads past the last are zeros
   static constexpr int kDim = kDim_;      // bytes of a row
 
-  // Four keep the tensor cores busiest; what eight queries of 16 heads need fits into three.
-  static constexpr int kMathWarpgroups = kHeads == 16 ? 3 : 4;
-  static constexpr int kWarpgroupColumns = 128;  // N of a product
+  static constexpr int kMathWarpgroups = kMathWarpgroups_;
+  static constexpr int kWarpgroupColumns = kWarpgroupColumns_;  // N of a product
   static constexpr int kWarpgroupQueries = kWarpgroupColumns / kHeads;
   static_assert(kHeads % 16 == 0 && kWarpgroupQueries >= 1, "16 columns are of one query");
-  static constexpr int kColumns = kMathWarpgroups * kWarpgroupColumns;
-  static constexpr int kQueries = kColumns / kHeads;
+  static constexpr int kColumnGroups = kColumnGroups_;
+  static constexpr int kColumns = kColumnGroups * kWarpgroupColumns;
+  static constexpr int kQueries = kColumns / kHeads;  // of a block
 
+  static constexpr int kKeyGroups = kMathWarpgroups / kColumnGroups;
   static constexpr int kProductKeys = 64;  // M of a product
-  static constexpr int kProducts = 2;      // of a warpgroup and tile
-  static constexpr int kTileKeys = kProducts * kProductKeys;
+  static constexpr int kProducts = kKeyGroups == 4 ? 1 : 2;
+  static constexpr int kGroupKeys = kProducts * kProductKeys;  // of a warpgroup and tile
+  static constexpr int kTileKeys = kKeyGroups * kGroupKeys;
   static constexpr int kMathWarps = 4 * kMathWarpgroups;
   static constexpr int kThreads = 128 * (kMathWarpgroups + 1);
   // Together what the CTA starts with: 640 * 96 or 512 * 128.
-  static constexpr int kMathRegisters = kMathWarpgroups == 4 ? 112 : 152;
-  static constexpr int kProducerRegisters = kMathWarpgroups == 4 ? 32 : 56;
+  static constexpr int kMathRegisters = kMathWarpgroups == 3       ? 152
+                                        : kWarpgroupColumns == 128 ? 112
+                                                                   : 104;
+  static constexpr int kProducerRegisters = kMathWarpgroups == 3       ? 56
+                                            : kWarpgroupColumns == 128 ? 32
+                                                                       : 64;
 
   static constexpr int kQueryBytes = kColumns * kDim;
   static constexpr int kKeyBytes = kTileKeys * kDim;
+  static constexpr int kScaleBytes = 4;
   static constexpr int kQuerySlots = 2;
   static constexpr int kKeyStages =
-      std::min(8, (220 * 1024 - kQuerySlots * kQueryBytes) / kKeyBytes);
+      std::min(8, (220 * 1024 - kQuerySlots * kQueryBytes) / (kKeyBytes + kTileKeys * kScaleBytes));
 
   // Tiles in a row of a block of queries.
   struct Work {
-    std::int32_t first_query;
+    std::int32_t first_row;  // of the block among all rows
+    std::int32_t rows;       // of the block
     std::uint32_t first_key;
     std::int32_t tiles;  // -1: there is no more
     KeyWindow common;    // keys that all of the queries see
@@ -48,7 +58,7 @@ struct MqaLogitsConfig {
 
   // A CTA's tiles: from tile `skip` of a block on, and on with the next blocks.
   struct Share {
-    std::int64_t block;
+    std::uint32_t block;
     std::uint32_t skip;
     std::uint32_t tiles;
   };
@@ -56,7 +66,9 @@ struct MqaLogitsConfig {
   struct SharedStorage {
     alignas(1024) std::uint8_t q[kQuerySlots][kQueryBytes];
     alignas(1024) std::uint8_t k[kKeyStages][kKeyBytes];
-    float weights[kQuerySlots][kColumns];
+    alignas(128) float scales[kKeyStages][kTileKeys];  // of paged keys
+    std::uint32_t missing[kKeyStages];                 // boxes of paged keys that are in no page
+    alignas(16) float weights[kQuerySlots][kColumns];
     KeyWindow windows[kQuerySlots][kQueries];
     Work work[kQuerySlots];
     Share share;
@@ -67,10 +79,21 @@ struct MqaLogitsConfig {
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };
 
-// The keys of a launch, on whole tiles: so few that they stay in L2 while all queries read them.
+// Prefill: all warpgroups have columns of their own. Four keep the tensor cores busiest; what eight
+// queries of 16 heads need fits into three.
+template <int kHeads, int kDim, int kMathWarpgroups = kHeads == 16 ? 3 : 4>
+using FlatConfig = MqaLogitsConfig<kHeads, kDim, kMathWarpgroups, 128, kMathWarpgroups>;
+
+// Decode: as few columns as hold a request's queries, the warpgroups share the keys.
+template <int kHeads, int kWarpgroupColumns, int kColumnGroups>
+using PagedConfig = MqaLogitsConfig<kHeads, 128, 4, kWarpgroupColumns, kColumnGroups>;
+
+// What of a task a launch does. Rows come in blocks of kQueries, those of a group in their own.
 struct MqaLogitsRange {
-  std::uint32_t begin, end;
+  std::uint32_t begin, end;   // of the keys, on whole tiles
   std::uint32_t columns_end;  // columns to clean end here, and begin with the keys
+  std::uint32_t blocks, blocks_per_group;
+  std::int32_t box_keys_log2;  // of paged keys: of a copy, all in one page
 };
 
 }  // namespace dsa::cuda::sm90a

@@ -3,10 +3,11 @@
 //
 // Tile       D [keys, columns] = K Q^T, e4m3. A column is a head of a query, a row a key, so that a
 //            thread sums over heads in registers. 128 keys by 512 columns: 512 / kHeads queries.
-// Warpgroups 0 to 3 (0 to 2 for 16 heads): math, 128 columns each, in two products of 64 keys. While
+// Warpgroups 0 to 3 (0 to 2 for 16 heads): math, 128 columns each, in two products of 64 keys.
+// While
 //            one warpgroup sums, the products of the others run. The last: producer. Its warp 0
-//            copies queries and keys, warp 1 stages weights and windows, warps 2 and 3 write -inf to
-//            what no tile covers.
+//            copies queries and keys, warp 1 stages weights and windows, warps 2 and 3 write -inf
+//            to what no tile covers.
 // Registers  math 112: 64 of D, 32 of weights; producer 32.
 // Shared     q 2 x 64 KiB, k 5 x 16 KiB (D = 128).
 // Barriers   full_q: warp 0's expect, warp 1, and the bytes of q. empty_q: all math warps.
@@ -21,11 +22,35 @@
 #include <type_traits>
 
 #include "core/pipeline_state.h"
+#include "cuda/common/vector.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90a/mqa_logits_config.h"
 
 namespace dsa::cuda::sm90a {
+
+// Where a block's rows stand in their group.
+template <typename Config>
+struct BlockRows {
+  std::uint32_t group;
+  std::int32_t first;  // in the group
+  std::int32_t count;
+
+  template <typename Keys>
+  __device__ BlockRows(const MqaTask<Keys>& task, const MqaLogitsRange& range,
+                       std::uint32_t block) {
+    group = block / range.blocks_per_group;
+    first = static_cast<std::int32_t>(block - group * range.blocks_per_group) * Config::kQueries;
+    count = min(static_cast<std::int32_t>(task.rows_per_group) - first, Config::kQueries);
+  }
+
+  // Among the rows of all groups, of which there are fewer than 2^31.
+  template <typename Keys>
+  __device__ std::int32_t first_of_all(const MqaTask<Keys>& task) const {
+    return static_cast<std::int32_t>(group * static_cast<std::uint32_t>(task.rows_per_group)) +
+           first;
+  }
+};
 
 // The tiles of keys that some query of a block sees.
 template <typename Config>
@@ -34,9 +59,9 @@ struct BlockTiles {
   std::uint32_t tiles;
 
   // Of the hull of the windows, {~0, 0} if all are empty.
-  __device__ BlockTiles(KeyWindow hull, const MqaLogitsRange& keys) {
-    const std::uint32_t begin = max(hull.begin, keys.begin);
-    const std::uint32_t end = min(hull.end, keys.end);
+  __device__ BlockTiles(KeyWindow hull, const MqaLogitsRange& range) {
+    const std::uint32_t begin = max(hull.begin, range.begin);
+    const std::uint32_t end = min(hull.end, range.end);
     first_key = begin / Config::kTileKeys * Config::kTileKeys;
     tiles = begin < end ? (end - first_key + Config::kTileKeys - 1) / Config::kTileKeys : 0;
   }
@@ -49,11 +74,11 @@ struct BlockWindows {
   KeyWindow common;  // keys that all of them see
   KeyWindow hull;
 
-  __device__ BlockWindows(const MqaTask<FlatKeys>& task, std::int64_t first_query, int lane) {
+  template <typename Keys>
+  __device__ BlockWindows(const MqaTask<Keys>& task, const BlockRows<Config>& rows, int lane) {
     static_assert(Config::kQueries <= 32);
-    const std::int64_t row = first_query + lane;
-    const bool is_query = lane < Config::kQueries;
-    if (is_query && row < task.rows_per_group) window = task.keys.window(0, row);
+    const bool is_query = lane < rows.count;
+    if (is_query) window = task.keys.window(rows.group, rows.first + lane);
     const bool empty = window.begin >= window.end;
     hull.begin = __reduce_min_sync(~0u, empty ? ~0u : window.begin);
     hull.end = __reduce_max_sync(~0u, empty ? 0u : window.end);
@@ -63,37 +88,35 @@ struct BlockWindows {
 };
 
 // The same by one thread: only how many tiles.
-template <typename Config>
-__device__ std::uint32_t count_tiles(const MqaTask<FlatKeys>& task, const MqaLogitsRange& keys,
-                                     std::int64_t block) {
+template <typename Config, typename Keys>
+__device__ std::uint32_t count_tiles(const MqaTask<Keys>& task, const MqaLogitsRange& range,
+                                     std::uint32_t block) {
+  const BlockRows<Config> rows(task, range, block);
   KeyWindow hull{~0u, 0u};
-#pragma unroll 4
-  for (int query = 0; query < Config::kQueries; ++query) {
-    const std::int64_t row = block * Config::kQueries + query;
-    const KeyWindow window = row < task.rows_per_group ? task.keys.window(0, row) : KeyWindow{};
+#pragma unroll(Keys::kMayMiss ? 1 : 4)
+  for (int i = 0; i < rows.count; ++i) {
+    const KeyWindow window = task.keys.window(rows.group, rows.first + i);
     if (window.begin >= window.end) continue;
     hull.begin = min(hull.begin, window.begin);
     hull.end = max(hull.end, window.end);
   }
-  return BlockTiles<Config>(hull, keys).tiles;
+  return BlockTiles<Config>(hull, range).tiles;
 }
 
 // Finds this CTA's share: of all tiles, block after block, the CTAs take equally many. By all
 // threads.
-template <typename Config>
-__device__ void find_share(typename Config::SharedStorage& shared, const MqaTask<FlatKeys>& task,
-                           const MqaLogitsRange& keys) {
+template <typename Config, typename Keys>
+__device__ void find_share(typename Config::SharedStorage& shared, const MqaTask<Keys>& task,
+                           const MqaLogitsRange& range) {
   constexpr int kWarps = Config::kThreads / 32;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  const std::int64_t blocks =
-      (task.rows_per_group + Config::kQueries - 1) / Config::kQueries;
-  const std::int64_t each = (blocks + Config::kThreads - 1) / Config::kThreads;
-  const std::int64_t begin = min(threadIdx.x * each, blocks);
-  const std::int64_t end = min(begin + each, blocks);
+  const std::uint32_t each = (range.blocks + Config::kThreads - 1) / Config::kThreads;
+  const std::uint32_t begin = min(threadIdx.x * each, range.blocks);
+  const std::uint32_t end = min(begin + each, range.blocks);
   std::uint32_t mine = 0;
-  for (std::int64_t block = begin; block < end; ++block) {
-    mine += count_tiles<Config>(task, keys, block);
+  for (std::uint32_t block = begin; block < end; ++block) {
+    mine += count_tiles<Config>(task, range, block);
   }
   std::uint32_t before = mine;  // inclusive, in the warp
 #pragma unroll
@@ -108,163 +131,257 @@ __device__ void find_share(typename Config::SharedStorage& shared, const MqaTask
   const std::uint32_t total = __reduce_add_sync(~0u, of_warp);
   before += __reduce_add_sync(~0u, lane < warp ? of_warp : 0) - mine;
 
-  const auto share_begin =
-      static_cast<std::uint32_t>(std::uint64_t{total} * blockIdx.x / gridDim.x);
-  const auto share_end =
-      static_cast<std::uint32_t>(std::uint64_t{total} * (blockIdx.x + 1) / gridDim.x);
+  const std::uint32_t least = total / gridDim.x;
+  const std::uint32_t more = total - least * gridDim.x;  // CTAs that have one more
+  const std::uint32_t share_begin = blockIdx.x * least + min(blockIdx.x, more);
   if (share_begin >= before && share_begin < before + mine) {
     std::uint32_t skip = share_begin - before;
-    std::int64_t block = begin;
-    for (; true; ++block) {
-      const std::uint32_t tiles = count_tiles<Config>(task, keys, block);
+    std::uint32_t block = begin;
+    for (; block + 1 < end; ++block) {
+      const std::uint32_t tiles = count_tiles<Config>(task, range, block);
       if (skip < tiles) break;
       skip -= tiles;
     }
-    shared.share = {block, skip, share_end - share_begin};
+    shared.share = {block, skip, least + (blockIdx.x < more ? 1 : 0)};
   }
 }
 
-__device__ __forceinline__ void store_logit(const MqaTask<FlatKeys>& task, void* out,
-                                            std::int64_t at, float value) {
-  if (task.out_is_bf16) {
-    static_cast<__nv_bfloat16*>(out)[at] = __float2bfloat16_rn(value);
-  } else {
-    static_cast<float*>(out)[at] = value;
-  }
-}
-
+// Into L2, while the CTAs find their shares: what they look up next.
 template <typename Config>
+__device__ void prefetch_tables(const MqaTask<PagedKeys>& task, const MqaLogitsRange& range) {
+  if (range.end == 0) return;
+  constexpr std::uint32_t kLine = 128 / sizeof(std::int32_t);
+  // Of a request.
+  const std::uint32_t lines = task.keys.page_size.quotient_of_31_bits(range.end - 1) / kLine + 1;
+  const std::uint32_t line = blockIdx.x * Config::kThreads + threadIdx.x;
+  const std::uint32_t request = line / lines;
+  if (request < task.num_groups) {
+    ptx::prefetch_l2(task.keys.table + request * task.keys.table_stride +
+                     (line - request * lines) * kLine);
+  }
+}
+
+template <typename Config, typename Keys>
 class MqaLogitsProducer {
  public:
   using SharedStorage = typename Config::SharedStorage;
+  using Task = MqaTask<Keys>;
 
-  static __device__ void run(SharedStorage& shared, const MqaTask<FlatKeys>& task,
-                             const MqaLogitsRange& keys, const CUtensorMap& q_map,
-                             const CUtensorMap& k_map) {
-    const int warp = threadIdx.x / 32 % 4;
-    const int lane = threadIdx.x % 32;
-    if (warp >= 2) {
-      if (task.clean) clean(task, keys, lane);
-      return;
-    }
-    auto slot = PipelineState<Config::kQuerySlots>::producer_start();
-    auto stage = PipelineState<Config::kKeyStages>::producer_start();
-    auto [block, skip, left] = shared.share;
-    for (; left > 0; ++block, skip = 0) {
-      const auto first_query = static_cast<std::int32_t>(block * Config::kQueries);
-      const BlockWindows<Config> windows(task, first_query, lane);
-      const BlockTiles<Config> of_block(windows.hull, keys);
-      const std::uint32_t tiles = min(of_block.tiles - skip, left);
-      if (tiles == 0) continue;
-      left -= tiles;
-      ptx::mbarrier_wait(shared.empty_q[slot.index], slot.phase);
-      if (warp == 1) {
-        stage_weights(shared, slot.index, task, first_query, windows.window, lane);
-      } else if (lane == 0) {
-        const std::uint32_t first_key = of_block.first_key + skip * Config::kTileKeys;
-        shared.work[slot.index] = {first_query, first_key, static_cast<std::int32_t>(tiles),
-                                   windows.common};
-        ptx::mbarrier_arrive_expect(shared.full_q[slot.index], Config::kQueryBytes);
-        ptx::tma_load(shared.q[slot.index], q_map, shared.full_q[slot.index], 0, 0, first_query);
-        for (std::uint32_t tile = 0; tile < tiles; ++tile) {
-          ptx::mbarrier_wait(shared.empty_k[stage.index], stage.phase);
-          ptx::mbarrier_arrive_expect(shared.full_k[stage.index], Config::kKeyBytes);
-          ptx::tma_load(shared.k[stage.index], k_map, shared.full_k[stage.index], 0,
-                        static_cast<std::int32_t>(first_key + tile * Config::kTileKeys));
-          stage.advance();
-        }
-      }
-      __syncwarp();
-      slot.advance();
-    }
-    if (lane == 0) {
-      ptx::mbarrier_wait(shared.empty_q[slot.index], slot.phase);
-      if (warp == 0) shared.work[slot.index].tiles = -1;
-      ptx::mbarrier_arrive(shared.full_q[slot.index]);
+  __device__ MqaLogitsProducer(SharedStorage& shared, const Task& task, const MqaLogitsRange& range,
+                               const CUtensorMap& q_map, const CUtensorMap& k_map)
+      : shared_(shared),
+        task_(task),
+        range_(range),
+        q_map_(q_map),
+        k_map_(k_map),
+        lane_(threadIdx.x % 32) {}
+
+  __device__ void run() {
+    switch (threadIdx.x / 32 % 4) {
+      case 0: copy(); break;
+      case 1: stage_weights(); break;
+      default:
+        if (task_.clean) clean();
     }
   }
 
  private:
-  static __device__ void stage_weights(SharedStorage& shared, int slot,
-                                       const MqaTask<FlatKeys>& task, std::int32_t first_query,
-                                       KeyWindow window, int lane) {
-    if (lane < Config::kQueries) shared.windows[slot][lane] = window;
-#pragma unroll
-    for (int column = lane; column < Config::kColumns; column += 32) {
-      const std::int32_t row = first_query + column / Config::kHeads;
-      const int head = column % Config::kHeads;
-      const bool is_head = row < task.rows_per_group && head < task.num_heads;
-      shared.weights[slot][column] =
-          is_head ? task.weights[row * task.weights_stride + head] : 0.0f;
+  using QuerySlot = PipelineState<Config::kQuerySlots>;
+
+  // Calls visit(slot, rows, windows, first_key, tiles) for each block of this CTA's share, then
+  // ends; in the ring of query slots.
+  template <typename Visit, typename End>
+  __device__ void for_each_block(Visit&& visit, End&& end) {
+    auto slot = QuerySlot::producer_start();
+    auto [block, skip, left] = shared_.share;
+    for (; left > 0; ++block, skip = 0) {
+      const BlockRows<Config> rows(task_, range_, block);
+      const BlockWindows<Config> windows(task_, rows, lane_);
+      const BlockTiles<Config> of_block(windows.hull, range_);
+      const std::uint32_t tiles = min(of_block.tiles - skip, left);
+      if (tiles == 0) continue;
+      left -= tiles;
+      ptx::mbarrier_wait(shared_.empty_q[slot.index], slot.phase);
+      visit(slot.index, rows, windows, of_block.first_key + skip * Config::kTileKeys, tiles);
+      __syncwarp();
+      slot.advance();
     }
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(shared.full_q[slot]);
+    ptx::mbarrier_wait(shared_.empty_q[slot.index], slot.phase);
+    if (lane_ == 0) end(slot.index);
   }
 
-  // -inf to what no tile covers; blocks go round the CTAs. By warps 2 and 3.
-  static __device__ void clean(const MqaTask<FlatKeys>& task, const MqaLogitsRange& keys,
-                               int lane) {
-    const std::int64_t step = std::int64_t{gridDim.x} * Config::kQueries;
-    for (std::int64_t first_query = std::int64_t{blockIdx.x} * Config::kQueries;
-         first_query < task.rows_per_group; first_query += step) {
-      const BlockWindows<Config> windows(task, first_query, lane);
-      const BlockTiles<Config> of_block(windows.hull, keys);
-      for (int i = 0; i < Config::kQueries && first_query + i < task.rows_per_group; ++i) {
-        // What is written elsewhere: the window, or the tiles.
-        std::uint32_t skip_begin = 0;
-        std::uint32_t skip_end =
-            __shfl_sync(~0u, windows.window.end, i) - __shfl_sync(~0u, windows.window.begin, i);
-        if (!task.columns_are_relative) {
-          skip_begin = of_block.first_key;
-          skip_end = skip_begin + of_block.tiles * Config::kTileKeys;
-        }
-        const std::int64_t row = (first_query + i) * task.out_stride;
-        fill(task, row, keys.begin, min(skip_begin, keys.columns_end));
-        fill(task, row, max(skip_end, keys.begin), keys.columns_end);
+  __device__ void copy() {
+    for_each_block(
+        [&](std::uint32_t slot, const BlockRows<Config>& rows, const BlockWindows<Config>& windows,
+            std::uint32_t first_key, std::uint32_t tiles) {
+          if (lane_ == 0) {
+            shared_.work[slot] = {rows.first_of_all(task_), rows.count, first_key,
+                                  static_cast<std::int32_t>(tiles), windows.common};
+            ptx::mbarrier_arrive_expect(shared_.full_q[slot], Config::kQueryBytes);
+            ptx::tma_load(shared_.q[slot], q_map_, shared_.full_q[slot], 0, 0, rows.first,
+                          static_cast<std::int32_t>(rows.group));
+          }
+          if constexpr (Keys::kMayMiss) {
+            copy_pages(rows.group, first_key, windows.hull.end, tiles);
+          } else if (lane_ == 0) {
+            copy_keys(first_key, tiles);
+          }
+        },
+        [&](std::uint32_t slot) {
+          shared_.work[slot].tiles = -1;
+          ptx::mbarrier_arrive(shared_.full_q[slot]);
+        });
+  }
+
+  __device__ void copy_keys(std::uint32_t first_key, std::uint32_t tiles) {
+#pragma unroll 1
+    for (std::uint32_t tile = 0; tile < tiles; ++tile) {
+      ptx::mbarrier_wait(shared_.empty_k[stage_.index], stage_.phase);
+      ptx::mbarrier_arrive_expect(shared_.full_k[stage_.index], Config::kKeyBytes);
+      ptx::tma_load(shared_.k[stage_.index], k_map_, shared_.full_k[stage_.index], 0,
+                    static_cast<std::int32_t>(first_key + tile * Config::kTileKeys));
+      stage_.advance();
+    }
+  }
+
+  // A lane copies a box of a tile's keys and their scales. 32 boxes, of several tiles, are looked
+  // up together, and the next 32 before these are copied.
+  __device__ void copy_pages(std::uint32_t group, std::uint32_t first_key, std::uint32_t end,
+                             std::uint32_t tiles) {
+    const std::uint32_t box_keys = 1u << range_.box_keys_log2;
+    const std::uint32_t boxes = Config::kTileKeys >> range_.box_keys_log2;  // of a tile
+    std::uint32_t key = first_key + lane_ * box_keys;                       // of what is ahead
+    std::int32_t ahead = key < end ? task_.keys.look_up(group, key) : -1;
+    std::int32_t page = -1;
+#pragma unroll 1
+    for (std::uint32_t box = 0; tiles > 0; --tiles, box = (box + boxes) % 32) {
+      if (box == 0) {
+        page = ahead;
+        key += 32 * box_keys;
+        ahead = key < end ? task_.keys.look_up(group, key) : -1;
+      }
+      const bool is_of_tile = lane_ - box < boxes;
+      const bool is_mapped = is_of_tile && page >= 0 && page < task_.keys.num_pages;
+      const std::uint32_t missing = __ballot_sync(~0u, is_of_tile && !is_mapped);
+      ptx::Mbarrier& full = shared_.full_k[stage_.index];
+      ptx::mbarrier_wait(shared_.empty_k[stage_.index], stage_.phase);
+      if (lane_ == 0) {
+        shared_.missing[stage_.index] = missing >> box;
+        ptx::mbarrier_arrive_expect(
+            full, (boxes - __popc(missing)) * box_keys * (Config::kDim + Config::kScaleBytes));
+      }
+      __syncwarp();
+      if (is_mapped) {
+        const std::uint32_t row = (lane_ - box) * box_keys;
+        const std::uint32_t token = task_.keys.token_of_page(key - 32 * box_keys);
+        ptx::tma_load_once(shared_.k[stage_.index] + row * Config::kDim, k_map_, full, 0,
+                           static_cast<std::int32_t>(token), page);
+        ptx::bulk_load_once(&shared_.scales[stage_.index][row], task_.keys.scale(page, token),
+                            Config::kScaleBytes * box_keys, full);
+      }
+      stage_.advance();
+    }
+  }
+
+  __device__ void stage_weights() {
+    for_each_block(
+        [&](std::uint32_t slot, const BlockRows<Config>& rows, const BlockWindows<Config>& windows,
+            std::uint32_t, std::uint32_t) {
+          if (lane_ < Config::kQueries) shared_.windows[slot][lane_] = windows.window;
+          const std::int64_t first_row = rows.first_of_all(task_);
+#pragma unroll 4
+          for (int column = lane_; column < Config::kColumns; column += 32) {
+            const int row = column / Config::kHeads;
+            const int head = column % Config::kHeads;
+            shared_.weights[slot][column] =
+                row < rows.count && head < task_.num_heads
+                    ? task_.weights[(first_row + row) * task_.weights_stride + head]
+                    : 0.0f;
+          }
+          __syncwarp();
+          if (lane_ == 0) ptx::mbarrier_arrive(shared_.full_q[slot]);
+        },
+        [&](std::uint32_t slot) { ptx::mbarrier_arrive(shared_.full_q[slot]); });
+  }
+
+  // -inf to what no tile covers; runs of a block's columns go round the CTAs. By warps 2 and 3.
+  __device__ void clean() {
+    constexpr std::uint32_t kRun = 16384;
+    const std::uint32_t runs = (range_.columns_end - range_.begin + kRun - 1) / kRun;
+#pragma unroll 1
+    for (std::uint32_t item = blockIdx.x; item < range_.blocks * runs; item += gridDim.x) {
+      const std::uint32_t block = item / runs;
+      const std::uint32_t begin = range_.begin + (item - block * runs) * kRun;
+      const std::uint32_t end = min(begin + kRun, range_.columns_end);
+      const BlockRows<Config> rows(task_, range_, block);
+      const BlockWindows<Config> windows(task_, rows, lane_);
+      const BlockTiles<Config> of_block(windows.hull, range_);
+      // What is written elsewhere: the window, or the tiles.
+      std::uint32_t skip_begin = 0, skip_end = windows.window.end - windows.window.begin;
+      if (!task_.columns_are_relative) {
+        skip_begin = of_block.first_key;
+        skip_end = skip_begin + of_block.tiles * Config::kTileKeys;
+      }
+#pragma unroll 1
+      for (int i = 0; i < 2 * rows.count; ++i) {
+        const std::uint32_t row_skip_end = __shfl_sync(~0u, skip_end, i / 2);
+        fill(rows.first_of_all(task_) + i / 2, i % 2 == 0 ? begin : max(row_skip_end, begin),
+             i % 2 == 0 ? min(skip_begin, end) : end);
       }
     }
   }
 
-  static __device__ void fill(const MqaTask<FlatKeys>& task, std::int64_t row,
-                              std::uint32_t begin, std::uint32_t end) {
-    if (task.out_is_bf16) {
-      fill(static_cast<__nv_bfloat16*>(task.out) + row, begin, end, 0xFF80'FF80u);
-    } else {
-      fill(static_cast<float*>(task.out) + row, begin, end, 0xFF80'0000u);
+  // -inf to columns of a row, 16 bytes a store where the row allows it.
+  __device__ void fill(std::int64_t row, std::uint32_t begin, std::uint32_t end) {
+    if (begin >= end) return;
+    const int log2_size = task_.out_is_bf16 ? 1 : 2;
+    std::uint8_t* out =
+        static_cast<std::uint8_t*>(task_.out) + (row * task_.out_stride << log2_size);
+    const std::uint32_t word = task_.out_is_bf16 ? 0xFF80'FF80u : 0xFF80'0000u;
+    const auto store_half = [&](std::uint8_t* at) {
+      const bool is_upper = (reinterpret_cast<std::uintptr_t>(at) & 2) != 0;
+      *reinterpret_cast<std::uint16_t*>(at) =
+          static_cast<std::uint16_t>(is_upper ? word >> 16 : word);
+    };
+    std::uint8_t* const last = out + (std::int64_t{end} << log2_size);
+    out += std::int64_t{begin} << log2_size;
+    const auto head =
+        static_cast<std::uint32_t>(-reinterpret_cast<std::uintptr_t>(out)) % kVectorBytes;
+    const std::uint32_t thread = threadIdx.x % 64;
+    if (2 * thread < head && out + 2 * thread < last) store_half(out + 2 * thread);
+    out += head + thread * kVectorBytes;
+#pragma unroll 1
+    for (; out + kVectorBytes <= last; out += 64 * kVectorBytes) {
+      *reinterpret_cast<uint4*>(out) = make_uint4(word, word, word, word);
     }
+#pragma unroll 1
+    for (; out < last; out += 2) store_half(out);  // less than a vector, by one thread
   }
 
-  // 16 bytes a store between the columns where the row allows it; `word` is -inf.
-  template <typename T>
-  static __device__ void fill(T* out, std::uint32_t begin, std::uint32_t end, std::uint32_t word) {
-    constexpr std::uint32_t kVector = 16 / sizeof(T);
-    if (begin >= end) return;
-    const auto misaligned = static_cast<std::uint32_t>(
-        reinterpret_cast<std::uintptr_t>(out + begin) / sizeof(T) % kVector);
-    const std::uint32_t aligned = begin + (misaligned == 0 ? 0 : kVector - misaligned);
-    const std::uint32_t thread = threadIdx.x % 64;
-    if (thread < kVector && begin + thread < min(aligned, end)) out[begin + thread] = T(-INFINITY);
-    std::uint32_t column = aligned + thread * kVector;
-    for (; column + kVector <= end; column += 64 * kVector) {
-      *reinterpret_cast<uint4*>(out + column) = make_uint4(word, word, word, word);
-    }
-    for (; column < end; ++column) out[column] = T(-INFINITY);  // less than a vector, by one thread
-  }
+  SharedStorage& shared_;
+  const Task& task_;
+  const MqaLogitsRange& range_;
+  const CUtensorMap& q_map_;
+  const CUtensorMap& k_map_;
+  int lane_;
+  PipelineState<Config::kKeyStages> stage_ = PipelineState<Config::kKeyStages>::producer_start();
 };
 
-template <typename Config>
+template <typename Config, typename Keys>
 class MqaLogitsMath {
  public:
   using SharedStorage = typename Config::SharedStorage;
+  using Task = MqaTask<Keys>;
   using Work = typename Config::Work;
 
-  __device__ MqaLogitsMath(SharedStorage& shared, const MqaTask<FlatKeys>& task)
+  __device__ MqaLogitsMath(SharedStorage& shared, const Task& task, const MqaLogitsRange& range)
       : shared_(shared),
         task_(task),
+        range_(range),
         // The same in all lanes, and known to be.
         warpgroup_(__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0)),
         lane_(threadIdx.x % 32),
-        k_(shared.k) {}
+        k_(Descriptor(shared.k) + warpgroup_ / Config::kColumnGroups * kGroupBytes) {}
 
   __device__ void run() {
     auto slot = PipelineState<Config::kQuerySlots>::consumer_start();
@@ -274,7 +391,7 @@ class MqaLogitsMath {
       const Work work = shared_.work[slot.index];
       const int tiles = __shfl_sync(~0u, work.tiles, 0);
       if (tiles < 0) break;
-      run_chunk(work, tiles, slot.index, stage);
+      run_tiles(work, tiles, slot.index, stage);
       __syncwarp();
       if (lane_ == 0) ptx::mbarrier_arrive(shared_.empty_q[slot.index]);
       slot.advance();
@@ -284,65 +401,83 @@ class MqaLogitsMath {
  private:
   using KeyStage = PipelineState<Config::kKeyStages>;
   using Descriptor = ptx::WgmmaDescriptor<Config::kDim>;
+  static constexpr int kGroupBytes = Config::kGroupKeys * Config::kDim;
   static constexpr int kProductBytes = Config::kProductKeys * Config::kDim;
   static constexpr int kWgQueries = Config::kWarpgroupQueries;
-  static constexpr int kWeights = Config::kWarpgroupColumns / 4;  // of a thread
-  static constexpr int kPerLane = kWgQueries < 2 ? 1 : kWgQueries / 2;
+  static constexpr int kAccumulators = Config::kWarpgroupColumns / 2;  // of a thread
+  static constexpr int kWeights = Config::kWarpgroupColumns / 4;
+  static constexpr int kPerLane = kWgQueries < 2 ? 1 : kWgQueries / 2;  // logits of a product
 
-  // What a thread keeps from tile to tile of a chunk.
+  // What a thread keeps from tile to tile.
   struct Place {
     int slot;                   // of the queries
-    std::int32_t first_query;   // of the warpgroup
-    std::uint32_t key;          // of the thread, in the next product
+    std::int32_t logits;        // of kPerLane, whose queries there are
+    std::uint32_t key;          // of the thread, in the tile's first product
     const std::uint8_t* scale;  // of that key
     void* out;                  // of that key and the thread's first query
   };
 
-  __device__ void run_chunk(const Work& work, int tiles, int slot, KeyStage& stage) {
+  __device__ void run_tiles(const Work& work, int tiles, int slot, KeyStage& stage) {
     load_weights(slot);
+    const int first = column_group() * kWgQueries;
     Place at;
     at.slot = slot;
-    at.first_query = __shfl_sync(~0u, work.first_query, 0) + warpgroup_ * kWgQueries;
-    at.key = work.first_key + row_of_product();
-    at.scale = task_.keys.scale + at.key * task_.keys.scale_stride;
-    const std::int64_t row = at.first_query + (kWgQueries < 2 ? 0 : lane_ / 2 % 2);
+    at.logits = (work.rows - first - query_of_lane(0) + 1) / 2;
+    at.key = work.first_key + row_of_tile();
+    if constexpr (!Keys::kMayMiss) at.scale = task_.keys.scale + at.key * task_.keys.scale_stride;
+    const std::int64_t row = work.first_row + first + query_of_lane(0);
     const std::int64_t logit = row * task_.out_stride + at.key;
     at.out = task_.out_is_bf16 ? static_cast<void*>(static_cast<__nv_bfloat16*>(task_.out) + logit)
                                : static_cast<float*>(task_.out) + logit;
-    const Descriptor q(shared_.q[slot] + warpgroup_ * (Config::kWarpgroupColumns * Config::kDim));
+    const Descriptor q =
+        Descriptor(shared_.q[slot]) + column_group() * (Config::kWarpgroupColumns * Config::kDim);
 
     // Tiles that all queries see in full stand between those that some do not.
     int full_begin = tiles, full_end = tiles;
     if (!task_.columns_are_relative && work.common.begin < work.common.end) {
-      const auto first_full = static_cast<std::int32_t>(
-          (work.common.begin > work.first_key ? work.common.begin - work.first_key : 0u) +
-          Config::kTileKeys - 1) / Config::kTileKeys;
-      const std::int32_t past_full =
-          work.common.end > work.first_key
-              ? static_cast<std::int32_t>((work.common.end - work.first_key) / Config::kTileKeys)
-              : 0;
+      const std::uint32_t before =
+          work.common.begin > work.first_key ? work.common.begin - work.first_key : 0;
+      const std::uint32_t until =
+          work.common.end > work.first_key ? work.common.end - work.first_key : 0;
+      const auto first_full =
+          static_cast<int>((before + Config::kTileKeys - 1) / Config::kTileKeys);
       full_begin = __shfl_sync(~0u, min(first_full, tiles), 0);
-      full_end = __shfl_sync(~0u, max(min(past_full, tiles), full_begin), 0);
+      full_end = __shfl_sync(
+          ~0u, max(min(static_cast<int>(until / Config::kTileKeys), tiles), full_begin), 0);
     }
-    int tile = 0;
-    for (; tile < full_begin; ++tile) run_tile<void>(q, stage, at);
     if (task_.out_is_bf16) {
-      for (; tile < full_end; ++tile) run_tile<__nv_bfloat16>(q, stage, at);
+      run_tiles<__nv_bfloat16>(tiles, full_begin, full_end, q, stage, at);
     } else {
-      for (; tile < full_end; ++tile) run_tile<float>(q, stage, at);
+      run_tiles<float>(tiles, full_begin, full_end, q, stage, at);
     }
-    for (; tile < tiles; ++tile) run_tile<void>(q, stage, at);
   }
+
+  template <typename Out>
+  __device__ void run_tiles(int tiles, int full_begin, int full_end, Descriptor q, KeyStage& stage,
+                            Place& at) const {
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; ++tile) {
+      if (tile >= full_begin && tile < full_end) {
+        run_tile<Out, true>(q, stage, at);
+      } else {
+        run_tile<Out, false>(q, stage, at);
+      }
+    }
+  }
+
+  __device__ int column_group() const { return warpgroup_ % Config::kColumnGroups; }
 
   // After the sum over a quad, lane 4 g + t has key row g + 8 * (t % 2), and the query t / 2 of
   // each two.
-  __device__ std::uint32_t row_of_product() const {
-    return threadIdx.x / 32 % 4 * 16 + lane_ % 2 * 8 + lane_ / 4;
+  __device__ std::uint32_t row_of_tile() const {
+    return warpgroup_ / Config::kColumnGroups * Config::kGroupKeys + threadIdx.x / 32 % 4 * 16 +
+           lane_ % 2 * 8 + lane_ / 4;
   }
+  __device__ int query_of_lane(int i) const { return 2 * i + (kWgQueries < 2 ? 0 : lane_ / 2 % 2); }
 
   // Those of a relu that comes doubled are halved: see sum_heads.
   __device__ void load_weights(int slot) {
-    const float* weights = shared_.weights[slot] + warpgroup_ * Config::kWarpgroupColumns;
+    const float* weights = shared_.weights[slot] + column_group() * Config::kWarpgroupColumns;
 #pragma unroll
     for (int j = 0; j < kWeights / 2; ++j) {
       const float2 pair = *reinterpret_cast<const float2*>(&weights[8 * j + lane_ % 4 * 2]);
@@ -351,48 +486,56 @@ class MqaLogitsMath {
     }
   }
 
-  // Full: the type of the logits of a tile that all queries see in full, else void.
-  template <typename Full>
+  // kIsFull: all queries see all of the tile.
+  template <typename Out, bool kIsFull>
   __device__ void run_tile(Descriptor q, KeyStage& stage, Place& at) const {
-    constexpr bool kIsFull = !std::is_void_v<Full>;
     ptx::mbarrier_wait(shared_.full_k[stage.index], stage.phase);
+    std::uint32_t missing = 0;
+    if constexpr (Keys::kMayMiss) missing = shared_.missing[stage.index];
 #pragma unroll
     for (int product = 0; product < Config::kProducts; ++product) {
-      float d[64];
+      constexpr int kKeys = Config::kProductKeys;
+      float d[kAccumulators];
       multiply(d, k_ + (stage.index * Config::kKeyBytes + product * kProductBytes), q);
+      const std::uint32_t key = at.key + product * kKeys;
       float scale = 0.0f;
-      if (kIsFull || at.key < task_.keys.num_keys) {
-        scale = *reinterpret_cast<const float*>(at.scale);
+      if constexpr (Keys::kMayMiss) {
+        scale = shared_.scales[stage.index][row_of_tile() + product * kKeys];
+      } else if (kIsFull || key < task_.keys.num_keys) {
+        scale =
+            *reinterpret_cast<const float*>(at.scale + product * kKeys * task_.keys.scale_stride);
       }
       ptx::wgmma_wait<0>();
       ptx::wgmma_result(d);
-      if (product == Config::kProducts - 1 && lane_ == 0) {
-        ptx::mbarrier_arrive(shared_.empty_k[stage.index]);
+      if (product == Config::kProducts - 1) {
+        if constexpr (Keys::kMayMiss) __syncwarp();  // all lanes have their scales
+        if (lane_ == 0) ptx::mbarrier_arrive(shared_.empty_k[stage.index]);
       }
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         const float logit = sum_heads(d, i) * scale;
-        if (kWgQueries < 2 && lane_ % 4 >= 2) continue;
-        const std::int64_t offset = 2 * i * task_.out_stride + product * Config::kProductKeys;
-        if constexpr (kIsFull) {
-          static_cast<Full*>(at.out)[offset] = Full(logit);
+        if ((kWgQueries < 2 && lane_ % 4 >= 2) || i >= at.logits) continue;
+        const std::int64_t offset = 2 * i * task_.out_stride + product * kKeys;
+        Out* out = static_cast<Out*>(at.out) + offset;
+        if (kIsFull && missing == 0) {
+          *out = Out(logit);
         } else {
-          store(at, i, offset, logit);
+          store(at, i, product, missing, out, logit);
         }
       }
-      at.key += Config::kProductKeys;
-      at.scale += Config::kProductKeys * task_.keys.scale_stride;
     }
-    at.out = static_cast<char*>(at.out) + Config::kTileKeys * (task_.out_is_bf16 ? 2 : 4);
+    at.key += Config::kTileKeys;
+    if constexpr (!Keys::kMayMiss) at.scale += Config::kTileKeys * task_.keys.scale_stride;
+    at.out = static_cast<Out*>(at.out) + Config::kTileKeys;
     stage.advance();
   }
 
   // Starts d = K Q^T.
-  __device__ void multiply(float (&d)[64], Descriptor k, Descriptor q) const {
+  __device__ void multiply(float (&d)[kAccumulators], Descriptor k, Descriptor q) const {
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < Config::kDim / 32; ++step) {
-      ptx::wgmma_64x128x32_e4m3(d, k + step * 32, q + step * 32, step > 0);
+      ptx::wgmma_e4m3(d, k + step * 32, q + step * 32, step > 0);
     }
     ptx::wgmma_commit();
   }
@@ -405,13 +548,13 @@ class MqaLogitsMath {
   }
 
   // The sum over heads of this lane's key and query of the i-th two queries.
-  __device__ __forceinline__ float sum_heads(const float (&d)[64], int i) const {
+  __device__ __forceinline__ float sum_heads(const float (&d)[kAccumulators], int i) const {
     constexpr int kTogether = kWgQueries < 2 ? 1 : 2;
     constexpr int kColumns = kTogether * Config::kHeads;
     float sums[kTogether][2] = {};  // [query][row] of this lane's columns
 #pragma unroll
     for (int eight = 0; eight < kColumns / 8; ++eight) {
-      float(&sum)[2] = sums[8 * eight / Config::kHeads];
+      float (&sum)[2] = sums[8 * eight / Config::kHeads];
       const int j = i * (kColumns / 8) + eight;
       // For every other column relu(x) is x + |x|, doubled, on the pipe of the products; for the
       // rest max(x, 0), beside it.
@@ -440,38 +583,46 @@ class MqaLogitsMath {
     return (is_set ? b : a) + __shfl_xor_sync(~0u, is_set ? a : b, bit);
   }
 
-  // `offset` from at.out in elements.
-  __device__ void store(const Place& at, int i, std::int64_t offset, float logit) const {
-    const std::int32_t query = (kWgQueries < 2 ? 0 : lane_ / 2 % 2) + 2 * i;
-    const KeyWindow window = shared_.windows[at.slot][warpgroup_ * kWgQueries + query];
-    if (at.key >= window.begin && at.key < window.end) {
-      if (task_.columns_are_relative) offset -= window.begin;
-    } else {
-      if (!task_.clean || task_.columns_are_relative || at.key >= task_.columns ||
-          at.first_query + query >= task_.rows_per_group) {
-        return;
+  // Where a window ends or keys are missing.
+  template <typename Out>
+  __device__ void store(const Place& at, int i, int product, std::uint32_t missing, Out* out,
+                        float logit) const {
+    const std::uint32_t key = at.key + product * Config::kProductKeys;
+    const KeyWindow window =
+        shared_.windows[at.slot][column_group() * kWgQueries + query_of_lane(i)];
+    if (key >= window.begin && key < window.end) {
+      if (task_.columns_are_relative) out -= window.begin;
+      if constexpr (Keys::kMayMiss) {
+        const std::uint32_t box =
+            (row_of_tile() + product * Config::kProductKeys) >> range_.box_keys_log2;
+        if ((missing >> box & 1u) != 0) logit = -INFINITY;
       }
-      logit = -__builtin_huge_valf();
+    } else {
+      if (!task_.clean || task_.columns_are_relative || key >= task_.columns) return;
+      logit = -INFINITY;
     }
-    store_logit(task_, at.out, offset, logit);
+    *out = Out(logit);
   }
 
   SharedStorage& shared_;
-  const MqaTask<FlatKeys>& task_;
+  const Task& task_;
+  const MqaLogitsRange& range_;
   int warpgroup_, lane_;
-  Descriptor k_;  // of the first stage
+  Descriptor k_;  // of the warpgroup's keys in the first stage
   float weight_[kWeights];
 };
 
-template <typename Config>
+template <typename Config, typename Keys>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    sm90a_mqa_logits_kernel(const __grid_constant__ MqaTask<FlatKeys> task,
-                            const __grid_constant__ MqaLogitsRange keys,
+    sm90a_mqa_logits_kernel(const __grid_constant__ MqaTask<Keys> task,
+                            const __grid_constant__ MqaLogitsRange range,
                             const __grid_constant__ CUtensorMap q_map,
                             const __grid_constant__ CUtensorMap k_map) {
   extern __shared__ __align__(1024) std::uint8_t shared_bytes[];
   auto& shared = *reinterpret_cast<typename Config::SharedStorage*>(shared_bytes);
   if (threadIdx.x == 0) {
+    ptx::prefetch_tensor_map(q_map);
+    ptx::prefetch_tensor_map(k_map);
     for (int i = 0; i < Config::kQuerySlots; ++i) {
       ptx::mbarrier_init(shared.full_q[i], 2);
       ptx::mbarrier_init(shared.empty_q[i], Config::kMathWarps);
@@ -482,14 +633,15 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
     ptx::mbarrier_fence_init();
   }
-  find_share<Config>(shared, task, keys);
+  if constexpr (Keys::kMayMiss) prefetch_tables<Config>(task, range);
+  find_share<Config>(shared, task, range);
   __syncthreads();
   if (threadIdx.x / 128 == Config::kMathWarpgroups) {
     ptx::set_max_registers_down<Config::kProducerRegisters>();
-    MqaLogitsProducer<Config>::run(shared, task, keys, q_map, k_map);
+    MqaLogitsProducer<Config, Keys>(shared, task, range, q_map, k_map).run();
   } else {
     ptx::set_max_registers_up<Config::kMathRegisters>();
-    MqaLogitsMath<Config>(shared, task).run();
+    MqaLogitsMath<Config, Keys>(shared, task, range).run();
   }
 }
 

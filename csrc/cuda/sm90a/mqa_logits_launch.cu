@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// fp8_mqa_logits on Hopper: params -> tensor maps, schedule, launch.
+// fp8_mqa_logits and fp8_paged_mqa_logits on Hopper: params -> tensor maps, range, launch.
+#include <bit>
+
 #include "cuda/common/tensor_map.h"
 #include "cuda/portable/mqa_logits_launch.cuh"
 #include "cuda/sm90a/mqa_logits_kernel.cuh"
@@ -8,18 +10,38 @@ namespace dsa::cuda {
 
 namespace {
 
+template <typename Config, typename Keys>
+Status make_query_map(const MqaTask<Keys>& task, CUtensorMap& map) {
+  const std::int64_t group_stride = task.num_groups > 1 ? task.q_strides[0] : task.q_strides[1];
+  return make_tensor_map({task.q,
+                          4,
+                          {Config::kDim, task.num_heads, task.rows_per_group, task.num_groups},
+                          {task.q_strides[2], task.q_strides[1], group_stride},
+                          {Config::kDim, Config::kHeads, Config::kQueries, 1}},
+                         map);
+}
+
+template <typename Config, typename Keys>
+Status launch_range(const MqaTask<Keys>& task, sm90a::MqaLogitsRange range, const char* name,
+                    const CUtensorMap& q_map, const CUtensorMap& k_map, const Launch& where) {
+  const std::int64_t per_group = ceil_div<std::int64_t>(task.rows_per_group, Config::kQueries);
+  range.blocks_per_group = static_cast<std::uint32_t>(per_group);
+  range.blocks = static_cast<std::uint32_t>(task.num_groups * per_group);
+  const std::int64_t tiles = ceil_div<std::int64_t>(range.end - range.begin, Config::kTileKeys);
+  const int num_sms = std::max(device_limits(where.device).num_sms, 1);
+  const auto grid = static_cast<unsigned>(
+      std::clamp<std::int64_t>(std::int64_t{range.blocks} * tiles, 1, num_sms));
+  return launch<sm90a::sm90a_mqa_logits_kernel<Config, Keys>>(
+      name, where, dim3(grid), Config::kThreads, sizeof(typename Config::SharedStorage), task,
+      range, q_map, k_map);
+}
+
 template <typename Config>
-Status launch_sm90a_mqa_logits(const MqaLogitsParams& p) {
-  MqaTask<FlatKeys> task = make_task(p);
+Status launch_flat(const MqaLogitsParams& p) {
+  const MqaTask<FlatKeys> task = make_task(p);
   if (task.rows_per_group == 0) return {};
   CUtensorMap q_map, k_map;
-  const Status q_status = make_tensor_map({p.q.data,
-                                           3,
-                                           {p.q.size(2), p.q.size(1), p.q.size(0)},
-                                           {p.q.stride(1), p.q.stride(0)},
-                                           {Config::kDim, Config::kHeads, Config::kQueries}},
-                                          q_map);
-  if (!q_status.ok()) return q_status;
+  if (Status status = make_query_map<Config>(task, q_map); !status.ok()) return status;
   const Status k_status = make_tensor_map({p.k.data,
                                            2,
                                            {p.k.size(1), p.k.size(0), 1},
@@ -28,34 +50,58 @@ Status launch_sm90a_mqa_logits(const MqaLogitsParams& p) {
                                           k_map);
   if (!k_status.ok()) return k_status;
 
-  // Of key bytes in L2 while a launch lasts: half of Hopper's 50 MB.
+  // So many keys at a time as stay in L2 while all queries read them: half of Hopper's 50 MB.
   constexpr std::int64_t kKeysAtOnce = (std::int64_t{24} << 20) / Config::kDim;
   static_assert(kKeysAtOnce % Config::kTileKeys == 0);
-  const int num_sms = std::max(device_limits(p.launch.device).num_sms, 1);
-  const std::int64_t blocks = ceil_div<std::int64_t>(task.rows_per_group, Config::kQueries);
-  for (std::int64_t begin = 0; begin == 0 || begin < task.keys.num_keys; begin += kKeysAtOnce) {
+  for (std::int64_t begin = 0; begin < task.keys.num_keys; begin += kKeysAtOnce) {
     const bool is_last = begin + kKeysAtOnce >= task.keys.num_keys;
     const std::int64_t end = is_last ? task.keys.num_keys : begin + kKeysAtOnce;
-    const sm90a::MqaLogitsRange keys{
-        static_cast<std::uint32_t>(begin), static_cast<std::uint32_t>(end),
-        static_cast<std::uint32_t>(is_last ? task.columns : std::min(end, task.columns))};
-    const std::int64_t tiles = ceil_div<std::int64_t>(end - begin, Config::kTileKeys);
-    const auto grid = static_cast<unsigned>(std::min<std::int64_t>(blocks * tiles, num_sms));
-    const Status status = launch<sm90a::sm90a_mqa_logits_kernel<Config>>(
-        "sm90a_mqa_logits", p.launch, dim3(grid), Config::kThreads,
-        sizeof(typename Config::SharedStorage), task, keys, q_map, k_map);
+    sm90a::MqaLogitsRange range{};
+    range.begin = static_cast<std::uint32_t>(begin);
+    range.end = static_cast<std::uint32_t>(end);
+    range.columns_end =
+        static_cast<std::uint32_t>(is_last ? task.columns : std::min(end, task.columns));
+    const Status status =
+        launch_range<Config>(task, range, "sm90a_mqa_logits", q_map, k_map, p.launch);
     if (!status.ok()) return status;
   }
   return {};
 }
 
 template <int kDim>
-Status launch_sm90a_mqa_logits(const MqaLogitsParams& p) {
+Status launch_flat(const MqaLogitsParams& p) {
   const std::int64_t heads = p.q.size(1);
-  if (heads <= 16) return launch_sm90a_mqa_logits<sm90a::MqaLogitsConfig<16, kDim>>(p);
-  if (heads <= 32) return launch_sm90a_mqa_logits<sm90a::MqaLogitsConfig<32, kDim>>(p);
-  if (heads <= 64) return launch_sm90a_mqa_logits<sm90a::MqaLogitsConfig<64, kDim>>(p);
-  return launch_sm90a_mqa_logits<sm90a::MqaLogitsConfig<128, kDim>>(p);
+  if (heads <= 16) return launch_flat<sm90a::FlatConfig<16, kDim>>(p);
+  if (heads <= 32) return launch_flat<sm90a::FlatConfig<32, kDim>>(p);
+  if (heads <= 64) return launch_flat<sm90a::FlatConfig<64, kDim>>(p);
+  return launch_flat<sm90a::FlatConfig<128, kDim>>(p);
+}
+
+// Keys of a copy: a power of two that divides a page, from a swizzle's eight rows to 64.
+std::int64_t box_keys(std::int64_t page_size) {
+  return std::min<std::int64_t>(page_size & -page_size, 64);
+}
+constexpr std::int64_t kFewestBoxKeys = 8;
+
+template <typename Config>
+Status launch_paged(const PagedMqaLogitsParams& p) {
+  const MqaTask<PagedKeys> task = make_task(p);
+  if (task.num_groups == 0 || task.rows_per_group == 0 || task.columns == 0) return {};
+  CUtensorMap q_map, k_map;
+  if (Status status = make_query_map<Config>(task, q_map); !status.ok()) return status;
+  const std::int64_t box = box_keys(p.kv_cache.size(1));
+  const Status k_status = make_tensor_map({p.kv_cache.data,
+                                           3,
+                                           {Config::kDim, p.kv_cache.size(1), p.kv_cache.size(0)},
+                                           {Config::kDim, p.kv_cache.stride(0)},
+                                           {Config::kDim, static_cast<std::int32_t>(box), 1}},
+                                          k_map);
+  if (!k_status.ok()) return k_status;
+  sm90a::MqaLogitsRange range{};
+  range.end = static_cast<std::uint32_t>(task.keys.num_keys);
+  range.columns_end = static_cast<std::uint32_t>(task.columns);
+  range.box_keys_log2 = std::countr_zero(static_cast<std::uint64_t>(box));
+  return launch_range<Config>(task, range, "sm90a_paged_mqa_logits", q_map, k_map, p.launch);
 }
 
 }  // namespace
@@ -72,10 +118,46 @@ Support sm90a_mqa_logits_takes(const MqaLogitsParams& p) {
 
 Status sm90a_mqa_logits(const MqaLogitsParams& p) {
   switch (p.q.size(2)) {
-    case 32: return launch_sm90a_mqa_logits<32>(p);
-    case 64: return launch_sm90a_mqa_logits<64>(p);
-    default: return launch_sm90a_mqa_logits<128>(p);
+    case 32: return launch_flat<32>(p);
+    case 64: return launch_flat<64>(p);
+    default: return launch_flat<128>(p);
   }
+}
+
+Support sm90a_paged_mqa_logits_takes(const PagedMqaLogitsParams& p) {
+  if (Support shapes = mqa_shapes(p); !shapes.ok()) return shapes;
+  if (p.q.size(3) != 128) return {"index_head_dim 128, not " + std::to_string(p.q.size(3))};
+  if (p.kv_cache.size(1) % kFewestBoxKeys != 0 || p.kv_cache.size(0) == 0) {
+    return {"pages of a multiple of 8 keys, not " + std::to_string(p.kv_cache.size(1))};
+  }
+  if (!tensor_map_takes(p.kv_cache.data, p.kv_cache.stride(0))) return {"pages on 16 bytes"};
+  for (const int dim : {0, 1, 2}) {
+    if (!tensor_map_takes(p.q.data, p.q.stride(dim))) return {"queries on 16 bytes, each its own"};
+  }
+  return {};
+}
+
+Status sm90a_paged_mqa_logits(const PagedMqaLogitsParams& p) {
+  using sm90a::PagedConfig;
+  const std::int64_t heads = p.q.size(2), next_n = p.q.size(1);
+  if (heads <= 16) {
+    return next_n <= 4 ? launch_paged<PagedConfig<16, 64, 1>>(p)
+                       : launch_paged<PagedConfig<16, 64, 2>>(p);
+  }
+  if (heads <= 32) {
+    if (next_n <= 2) return launch_paged<PagedConfig<32, 64, 1>>(p);
+    return next_n <= 4 ? launch_paged<PagedConfig<32, 64, 2>>(p)
+                       : launch_paged<PagedConfig<32, 128, 2>>(p);
+  }
+  if (heads <= 64) {
+    if (next_n == 1) return launch_paged<PagedConfig<64, 64, 1>>(p);
+    if (next_n == 2) return launch_paged<PagedConfig<64, 128, 1>>(p);
+    return next_n <= 4 ? launch_paged<PagedConfig<64, 128, 2>>(p)
+                       : launch_paged<PagedConfig<64, 128, 4>>(p);
+  }
+  if (next_n == 1) return launch_paged<PagedConfig<128, 128, 1>>(p);
+  return next_n == 2 ? launch_paged<PagedConfig<128, 128, 2>>(p)
+                     : launch_paged<PagedConfig<128, 128, 4>>(p);
 }
 
 }  // namespace dsa::cuda
