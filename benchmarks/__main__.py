@@ -5,6 +5,7 @@
     python -m benchmarks --list               their names
     python -m benchmarks --filter 'paged.*b128'  cases whose "op case" matches
     python -m benchmarks --quick              a few of each family
+    python -m benchmarks --sweep              instead, a grid of shapes against DeepGEMM
     python -m benchmarks --json out.json --plot out.png
 
 On a GPU, a row holds the median time of a call with a cold L2 cache and its spread (10th to 90th
@@ -33,7 +34,7 @@ import torch
 
 import dsa_ext
 from benchmarks import peers, plot, table
-from benchmarks.cases import all_cases
+from benchmarks.cases import all_cases, sweep
 from benchmarks.roofs import Roofs, measure_roofs
 from benchmarks.runner import Row, run_case
 from dsa_ext import _C
@@ -52,12 +53,19 @@ def arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--filter", default="", metavar="REGEX", help='cases by their "op case"')
-    parser.add_argument("--quick", action="store_true", help="a few cases of each family")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--quick", action="store_true", help="a few cases of each family")
+    choice.add_argument(
+        "--sweep", action="store_true", help="the indexer's logits over a grid of shapes (GPU)"
+    )
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device())
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the ratios there")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.sweep and args.device == "cpu" and not args.list:
+        parser.error("--sweep compares with DeepGEMM: it needs a GPU")
+    return args
 
 
 def machine(device: torch.device) -> str:
@@ -101,7 +109,7 @@ def main() -> int:
     wanted = re.compile(args.filter)
     cases = [
         case
-        for case in all_cases(device)
+        for case in (sweep.cuda_cases() if args.sweep else all_cases(device))
         if wanted.search(str(case)) and (case.quick or not args.quick)
     ]
     if args.list:
@@ -124,7 +132,10 @@ def main() -> int:
     finally:
         if args.json:
             args.json.write_text(document(name, packages, roofs, rows))
-    section("targets", table.bars(rows))
+    if args.sweep:
+        section("sweep", table.against_peer(rows, sweep.PEER))
+    else:
+        section("targets", table.bars(rows))
     section("end to end", table.sparse_against_dense(rows))
     if args.plot:
         plot.save(rows, f"dsa_ext {dsa_ext.__version__} on {name}", args.plot)

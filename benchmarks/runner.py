@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs one case: our call, its check, its time, then each peer's."""
+"""Runs one case: our call, its check, then its time and its peers'."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,7 @@ from benchmarks.case import Call, Case, Work
 from benchmarks.checks import WrongResult
 from benchmarks.peers import Unavailable, one_line
 from benchmarks.roofs import Roofs
-from benchmarks.timing import Timing, measure
+from benchmarks.timing import Timing, measure_all, timing_of
 
 _KERNEL_LINE = re.compile(r"^dsa_ext: \S+ -> (\S+)$", re.MULTILINE)
 
@@ -92,30 +93,47 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _peer_row(prepared: Timing | str, ours_us: float) -> PeerRow:
-    if isinstance(prepared, str):
-        return PeerRow(note=prepared)
-    return PeerRow(prepared.us, prepared.spread_us, prepared.us / ours_us)
+def _prepared(prepare: Callable[[], Call]) -> Call | Exception:
+    try:
+        return prepare()
+    except Exception as error:
+        return error.with_traceback(None)
 
 
-def _time_peers(work: Work, device: torch.device, ours_us: float) -> dict[str, PeerRow]:
-    calls = dict(work.peers) if device.type == "cuda" else {}
-    if device.type == "cpu" and work.reference is not None:
-        reference = work.reference
-        calls["reference"] = lambda: reference
-    rows = {}
-    for name, prepare in calls.items():
-        result: Timing | str
-        try:
-            result = measure(prepare(), device)
-        except Unavailable as reason:
-            result = str(reason)
-        except torch.cuda.OutOfMemoryError:
-            result = "out of memory"
-        except Exception as error:
-            result = f"error: {one_line(error)}"
-        rows[name] = _peer_row(result, ours_us)
-    return rows
+def _prepare_peers(work: Work, device: torch.device) -> dict[str, Call | Exception]:
+    """Each peer's call, or why there is none."""
+    if device.type == "cuda":
+        return {name: _prepared(prepare) for name, prepare in work.peers.items()}
+    return {} if work.reference is None else {"reference": work.reference}
+
+
+def _note(error: Exception) -> str:
+    if isinstance(error, Unavailable):
+        return str(error)
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of memory"
+    return f"error: {one_line(error)}"
+
+
+def _peer_row(outcome: Timing | Exception, ours_us: float) -> PeerRow:
+    if isinstance(outcome, Exception):
+        return PeerRow(note=_note(outcome))
+    return PeerRow(outcome.us, outcome.spread_us, outcome.us / ours_us)
+
+
+def _time_into(row: Row, work: Work, device: torch.device) -> Timing:
+    """Time our call, its stages and its peers; return ours."""
+    peers = _prepare_peers(work, device)
+    ready = [peer for peer in peers.values() if not isinstance(peer, Exception)]
+    outcomes = iter(measure_all([work.run, *work.stages.values(), *ready], device))
+    ours = timing_of(next(outcomes))
+    row.us, row.spread_us = ours.us, ours.spread_us
+    row.stages_us = {name: timing_of(next(outcomes)).us for name in work.stages}
+    for name, peer in peers.items():
+        row.peers[name] = _peer_row(
+            peer if isinstance(peer, Exception) else next(outcomes), ours.us
+        )
+    return ours
 
 
 def _measure_into(row: Row, case: Case, device: torch.device, roofs: Roofs | None) -> None:
@@ -124,16 +142,13 @@ def _measure_into(row: Row, case: Case, device: torch.device, roofs: Roofs | Non
     row.kernel = kernels_used(work.run)
     _synchronize(device)
     work.check()
-    timing = measure(work.run, device)
-    row.us, row.spread_us = timing.us, timing.spread_us
+    timing = _time_into(row, work, device)
     if work.flop:
         row.tflops = work.flop / timing.us / 1e6
     if work.bytes:
         row.gbps = work.bytes / timing.us / 1e3
     if roofs and work.bytes:
         row.roof_share = roofs.share(work.flop, work.bytes, work.product, timing.us)
-    row.stages_us = {name: measure(stage, device).us for name, stage in work.stages.items()}
-    row.peers = _time_peers(work, device, timing.us)
     for bar in case.bars if device.type == "cuda" else ():
         peer = row.peers.get(bar.against)
         reached = row.roof_share if bar.against == "roof" else peer.ratio if peer else None

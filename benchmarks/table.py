@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from benchmarks.cases import endtoend
 from benchmarks.runner import PeerRow, Row
 
+_WORST = 10
+
 HEADER = (
     f"{'op':26} {'case':36} {'kernel':32} {'us':>10} {'+-':>7} {'TFLOP/s':>8} {'GB/s':>7} "
     f"{'%roof':>6}  peers: us, and their time over ours"
@@ -54,6 +56,25 @@ def bars(rows: Sequence[Row]) -> list[str]:
                 f"{100 * bar.least:.0f}% of {bar.against}{reached}"
             )
     return lines
+
+
+def against_peer(rows: Sequence[Row], name: str) -> list[str]:
+    """How many shapes are slower than a peer, then the worst ratios."""
+    measured = [
+        (peer.ratio, row, peer)
+        for row in rows
+        if (peer := row.peers.get(name)) and peer.ratio is not None
+    ]
+    measured.sort(key=lambda entry: entry[0])
+    below = sum(ratio < 1 for ratio, _, _ in measured)
+    head = (
+        f"{below} of {len(measured)} measured shapes below 1.0x {name}, "
+        f"{len(rows) - len(measured)} not measured; the worst:"
+    )
+    return [head] + [
+        f"{ratio:.3f}x  {row.op} {row.case}: {row.us:.1f} us, {name} {peer.us:.1f} us"
+        for ratio, row, peer in measured[:_WORST]
+    ]
 
 
 def sparse_against_dense(rows: Sequence[Row]) -> list[str]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The indexer: prefill and paged logits, and the same straight to the top-k.
 
-Prefill queries are the last `s` rows of a causal sequence of `n` keys; a paged request has `n` keys
-and `nn` query tokens.
+Prefill queries are the last `s` rows of a causal sequence of `n` keys, or, packed, of as many equal
+sequences as the name says, one after another; a paged request has `n` keys and `nn` query tokens.
 """
 
 from __future__ import annotations
@@ -34,13 +34,16 @@ class Prefill:
     ends: Tensor
 
     @staticmethod
-    def make(s: int, n: int, heads: int, device: torch.device) -> Prefill:
+    def make(s: int, n: int, heads: int, device: torch.device, requests: int = 1) -> Prefill:
+        row = torch.arange(s, dtype=torch.int32, device=device)
+        own_s, own_n = s // requests, n // requests
+        starts = row // own_s * own_n
         return Prefill(
             q=inputs.fp8(s, heads, D, device=device),
             kv=(inputs.fp8(n, D, device=device), inputs.scales(n, device=device)),
             weights=torch.randn(s, heads, device=device),
-            starts=torch.zeros(s, dtype=torch.int32, device=device),
-            ends=torch.arange(n - s + 1, n + 1, dtype=torch.int32, device=device),
+            starts=starts,
+            ends=starts + own_n - own_s + 1 + row % own_s,
         )
 
     @property
@@ -49,7 +52,7 @@ class Prefill:
 
     @property
     def pairs(self) -> int:
-        return int(self.ends.sum(dtype=torch.int64))
+        return int((self.ends - self.starts).sum(dtype=torch.int64))
 
     @property
     def flop(self) -> float:
@@ -135,10 +138,16 @@ class Paged:
 
 
 def prefill_logits(
-    s: int, n: int, heads: int, clean: bool = False, bars: tuple[Bar, ...] = (), quick: bool = False
+    s: int,
+    n: int,
+    heads: int,
+    clean: bool = False,
+    bars: tuple[Bar, ...] = (),
+    quick: bool = False,
+    requests: int = 1,
 ) -> Case:
     def make(device: torch.device) -> Work:
-        x = Prefill.make(s, n, heads, device)
+        x = Prefill.make(s, n, heads, device, requests)
         out = torch.empty(s, n, device=device)
 
         def check() -> None:
@@ -147,7 +156,8 @@ def prefill_logits(
             ours = out[rows]
             if not clean:
                 column = torch.arange(n, device=device)
-                ours = ours.masked_fill(column >= x.ends[rows].unsqueeze(-1), -torch.inf)
+                first, last = x.starts[rows].unsqueeze(-1), x.ends[rows].unsqueeze(-1)
+                ours = ours.masked_fill((column < first) | (column >= last), -torch.inf)
             checks.close("logits", ours, theirs, checks.LOGITS)
 
         return Work(
@@ -160,11 +170,19 @@ def prefill_logits(
             reference=lambda: reference.fp8_mqa_logits(*x.args),
         )
 
-    name = f"h{heads} s{s} n{n}" + (" clean" if clean else "")
+    name = f"h{heads} s{s} n{n}" + (f" packed{requests}" if requests > 1 else "")
+    name += " clean" if clean else ""
     return Case("fp8_mqa_logits", name, make, bars, quick)
 
 
-def paged_logits(batch: int, next_n: int, n: int, heads: int, quick: bool = False) -> Case:
+def paged_logits(
+    batch: int,
+    next_n: int,
+    n: int,
+    heads: int,
+    bars: tuple[Bar, ...] = (),
+    quick: bool = False,
+) -> Case:
     def make(device: torch.device) -> Work:
         x = Paged.make(batch, next_n, n, heads, device)
         out = torch.empty(batch * next_n, n, device=device)
@@ -194,7 +212,7 @@ def paged_logits(batch: int, next_n: int, n: int, heads: int, quick: bool = Fals
             ),
         )
 
-    return Case("fp8_paged_mqa_logits", f"h{heads} b{batch} nn{next_n} n{n}", make, (), quick)
+    return Case("fp8_paged_mqa_logits", f"h{heads} b{batch} nn{next_n} n{n}", make, bars, quick)
 
 
 def _logits_then_topk(
