@@ -11,8 +11,8 @@
 
 #include "core/page_table.h"
 #include "cuda/common/launch.h"
+#include "cuda/common/make_mqa_task.h"
 #include "cuda/cuda_kernels.h"
-#include "cuda/portable/mqa_logits_launch.cuh"
 #include "dispatch/registry.h"
 
 namespace dsa::cuda {

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cuda/portable/mqa_logits_config.h"
+#include "cuda/common/mqa_task.h"
 #include "cuda/ptx/mbarrier.cuh"
 
 namespace dsa::cuda::sm90a {

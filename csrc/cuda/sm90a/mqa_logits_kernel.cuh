@@ -103,8 +103,28 @@ __device__ std::uint32_t count_tiles(const MqaTask<Keys>& task, const MqaLogitsR
   return BlockTiles<Config>(hull, range).tiles;
 }
 
-// Finds this CTA's share: of all tiles, block after block, the CTAs take equally many. By all
-// threads.
+// This CTA's part of `total` tiles, of which all CTAs take equally many.
+struct Portion {
+  std::uint32_t begin, count;
+
+  __device__ explicit Portion(std::uint32_t total) {
+    const std::uint32_t least = total / gridDim.x;
+    const std::uint32_t more = total - least * gridDim.x;  // CTAs that have one more
+    begin = blockIdx.x * least + min(blockIdx.x, more);
+    count = least + (blockIdx.x < more ? 1 : 0);
+  }
+};
+
+__device__ inline std::uint32_t warp_inclusive_sum(std::uint32_t x, int lane) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const std::uint32_t other = __shfl_up_sync(~0u, x, step);
+    if (lane >= step) x += other;
+  }
+  return x;
+}
+
+// Finds this CTA's share, into shared memory. By all threads.
 template <typename Config, typename Keys>
 __device__ void find_share(typename Config::SharedStorage& shared, const MqaTask<Keys>& task,
                            const MqaLogitsRange& range) {
@@ -118,12 +138,7 @@ __device__ void find_share(typename Config::SharedStorage& shared, const MqaTask
   for (std::uint32_t block = begin; block < end; ++block) {
     mine += count_tiles<Config>(task, range, block);
   }
-  std::uint32_t before = mine;  // inclusive, in the warp
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const std::uint32_t other = __shfl_up_sync(~0u, before, step);
-    if (lane >= step) before += other;
-  }
+  std::uint32_t before = warp_inclusive_sum(mine, lane);
   if (lane == 31) shared.warp_tiles[warp] = before;
   if (threadIdx.x == 0) shared.share = {};
   __syncthreads();
@@ -131,19 +146,34 @@ __device__ void find_share(typename Config::SharedStorage& shared, const MqaTask
   const std::uint32_t total = __reduce_add_sync(~0u, of_warp);
   before += __reduce_add_sync(~0u, lane < warp ? of_warp : 0) - mine;
 
-  const std::uint32_t least = total / gridDim.x;
-  const std::uint32_t more = total - least * gridDim.x;  // CTAs that have one more
-  const std::uint32_t share_begin = blockIdx.x * least + min(blockIdx.x, more);
-  if (share_begin >= before && share_begin < before + mine) {
-    std::uint32_t skip = share_begin - before;
+  const Portion portion(total);
+  if (portion.begin >= before && portion.begin < before + mine) {
+    std::uint32_t skip = portion.begin - before;
     std::uint32_t block = begin;
     for (; block + 1 < end; ++block) {
       const std::uint32_t tiles = count_tiles<Config>(task, range, block);
       if (skip < tiles) break;
       skip -= tiles;
     }
-    shared.share = {block, skip, least + (blockIdx.x < more ? 1 : 0)};
+    shared.share = {block, skip, portion.count};
   }
+}
+
+// The same by a warp, for up to 32 blocks.
+template <typename Config, typename Keys>
+__device__ typename Config::Share find_share_of_few(const MqaTask<Keys>& task,
+                                                    const MqaLogitsRange& range) {
+  const int lane = threadIdx.x % 32;
+  const auto block = static_cast<std::uint32_t>(lane);
+  const std::uint32_t mine = block < range.blocks ? count_tiles<Config>(task, range, block) : 0;
+  const std::uint32_t until = warp_inclusive_sum(mine, lane);
+  const std::uint32_t total = __shfl_sync(~0u, until, 31);
+  const Portion portion(total);
+  const unsigned begins_here = __ballot_sync(~0u, portion.begin < until);
+  if (begins_here == 0) return {};
+  const int first = __ffs(static_cast<int>(begins_here)) - 1;
+  const std::uint32_t before = __shfl_sync(~0u, until - mine, first);
+  return {static_cast<std::uint32_t>(first), portion.begin - before, portion.count};
 }
 
 // Into L2, while the CTAs find their shares: what they look up next.
@@ -166,14 +196,16 @@ class MqaLogitsProducer {
  public:
   using SharedStorage = typename Config::SharedStorage;
   using Task = MqaTask<Keys>;
+  using Share = typename Config::Share;
 
   __device__ MqaLogitsProducer(SharedStorage& shared, const Task& task, const MqaLogitsRange& range,
-                               const CUtensorMap& q_map, const CUtensorMap& k_map)
+                               const CUtensorMap& q_map, const CUtensorMap& k_map, Share share)
       : shared_(shared),
         task_(task),
         range_(range),
         q_map_(q_map),
         k_map_(k_map),
+        share_(share),
         lane_(threadIdx.x % 32) {}
 
   __device__ void run() {
@@ -193,7 +225,7 @@ class MqaLogitsProducer {
   template <typename Visit, typename End>
   __device__ void for_each_block(Visit&& visit, End&& end) {
     auto slot = QuerySlot::producer_start();
-    auto [block, skip, left] = shared_.share;
+    auto [block, skip, left] = share_;
     for (; left > 0; ++block, skip = 0) {
       const BlockRows<Config> rows(task_, range_, block);
       const BlockWindows<Config> windows(task_, rows, lane_);
@@ -363,6 +395,7 @@ class MqaLogitsProducer {
   const MqaLogitsRange& range_;
   const CUtensorMap& q_map_;
   const CUtensorMap& k_map_;
+  Share share_;
   int lane_;
   PipelineState<Config::kKeyStages> stage_ = PipelineState<Config::kKeyStages>::producer_start();
 };
@@ -432,18 +465,16 @@ class MqaLogitsMath {
     const Descriptor q =
         Descriptor(shared_.q[slot]) + column_group() * (Config::kWarpgroupColumns * Config::kDim);
 
-    // Tiles that all queries see in full stand between those that some do not.
-    int full_begin = tiles, full_end = tiles;
-    if (!task_.columns_are_relative && work.common.begin < work.common.end) {
-      const std::uint32_t before =
-          work.common.begin > work.first_key ? work.common.begin - work.first_key : 0;
-      const std::uint32_t until =
-          work.common.end > work.first_key ? work.common.end - work.first_key : 0;
-      const auto first_full =
-          static_cast<int>((before + Config::kTileKeys - 1) / Config::kTileKeys);
-      full_begin = __shfl_sync(~0u, min(first_full, tiles), 0);
-      full_end = __shfl_sync(
-          ~0u, max(min(static_cast<int>(until / Config::kTileKeys), tiles), full_begin), 0);
+    // Tiles that all queries see in full stand between those that some do not. Pages begin at 0.
+    int full_begin = 0, full_end = 0;
+    if (!task_.columns_are_relative && work.common.end > work.first_key) {
+      const std::uint32_t until = work.common.end - work.first_key;
+      full_end = __shfl_sync(~0u, min(static_cast<int>(until / Config::kTileKeys), tiles), 0);
+    }
+    if (!Keys::kMayMiss && work.common.begin > work.first_key) {
+      const std::uint32_t before = work.common.begin - work.first_key;
+      full_begin = __shfl_sync(
+          ~0u, static_cast<int>((before + Config::kTileKeys - 1) / Config::kTileKeys), 0);
     }
     if (task_.out_is_bf16) {
       run_tiles<__nv_bfloat16>(tiles, full_begin, full_end, q, stage, at);
@@ -457,11 +488,19 @@ class MqaLogitsMath {
                             Place& at) const {
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
-      if (tile >= full_begin && tile < full_end) {
-        run_tile<Out, true>(q, stage, at);
+      ptx::mbarrier_wait(shared_.full_k[stage.index], stage.phase);
+      std::uint32_t missing = 0;
+      if constexpr (Keys::kMayMiss) missing = shared_.missing[stage.index];
+      // One branch for all: none between a product's sum and the next product.
+      if (tile >= full_begin && tile < full_end && missing == 0) {
+        run_tile<Out, true>(q, stage.index, at, 0);
       } else {
-        run_tile<Out, false>(q, stage, at);
+        run_tile<Out, false>(q, stage.index, at, missing);
       }
+      stage.advance();
+      at.key += Config::kTileKeys;
+      if constexpr (!Keys::kMayMiss) at.scale += Config::kTileKeys * task_.keys.scale_stride;
+      at.out = static_cast<Out*>(at.out) + Config::kTileKeys;
     }
   }
 
@@ -486,21 +525,19 @@ class MqaLogitsMath {
     }
   }
 
-  // kIsFull: all queries see all of the tile.
+  // kIsFull: all queries see all of the tile, and none of it is missing.
   template <typename Out, bool kIsFull>
-  __device__ void run_tile(Descriptor q, KeyStage& stage, Place& at) const {
-    ptx::mbarrier_wait(shared_.full_k[stage.index], stage.phase);
-    std::uint32_t missing = 0;
-    if constexpr (Keys::kMayMiss) missing = shared_.missing[stage.index];
+  __device__ void run_tile(Descriptor q, std::uint32_t stage, const Place& at,
+                           std::uint32_t missing) const {
 #pragma unroll
     for (int product = 0; product < Config::kProducts; ++product) {
       constexpr int kKeys = Config::kProductKeys;
       float d[kAccumulators];
-      multiply(d, k_ + (stage.index * Config::kKeyBytes + product * kProductBytes), q);
+      multiply(d, k_ + (stage * Config::kKeyBytes + product * kProductBytes), q);
       const std::uint32_t key = at.key + product * kKeys;
       float scale = 0.0f;
       if constexpr (Keys::kMayMiss) {
-        scale = shared_.scales[stage.index][row_of_tile() + product * kKeys];
+        scale = shared_.scales[stage][row_of_tile() + product * kKeys];
       } else if (kIsFull || key < task_.keys.num_keys) {
         scale =
             *reinterpret_cast<const float*>(at.scale + product * kKeys * task_.keys.scale_stride);
@@ -509,7 +546,7 @@ class MqaLogitsMath {
       ptx::wgmma_result(d);
       if (product == Config::kProducts - 1) {
         if constexpr (Keys::kMayMiss) __syncwarp();  // all lanes have their scales
-        if (lane_ == 0) ptx::mbarrier_arrive(shared_.empty_k[stage.index]);
+        if (lane_ == 0) ptx::mbarrier_arrive(shared_.empty_k[stage]);
       }
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
@@ -517,17 +554,13 @@ class MqaLogitsMath {
         if ((kWgQueries < 2 && lane_ % 4 >= 2) || i >= at.logits) continue;
         const std::int64_t offset = 2 * i * task_.out_stride + product * kKeys;
         Out* out = static_cast<Out*>(at.out) + offset;
-        if (kIsFull && missing == 0) {
+        if constexpr (kIsFull) {
           *out = Out(logit);
         } else {
           store(at, i, product, missing, out, logit);
         }
       }
     }
-    at.key += Config::kTileKeys;
-    if constexpr (!Keys::kMayMiss) at.scale += Config::kTileKeys * task_.keys.scale_stride;
-    at.out = static_cast<Out*>(at.out) + Config::kTileKeys;
-    stage.advance();
   }
 
   // Starts d = K Q^T.
@@ -634,11 +667,18 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     ptx::mbarrier_fence_init();
   }
   if constexpr (Keys::kMayMiss) prefetch_tables<Config>(task, range);
-  find_share<Config>(shared, task, range);
+  const bool is_producer = threadIdx.x / 128 == Config::kMathWarpgroups;
+  typename Config::Share share{};
+  if (range.blocks > 32) {
+    find_share<Config>(shared, task, range);
+  } else if (is_producer) {
+    share = find_share_of_few<Config>(task, range);
+  }
   __syncthreads();
-  if (threadIdx.x / 128 == Config::kMathWarpgroups) {
+  if (is_producer) {
     ptx::set_max_registers_down<Config::kProducerRegisters>();
-    MqaLogitsProducer<Config, Keys>(shared, task, range, q_map, k_map).run();
+    if (range.blocks > 32) share = shared.share;
+    MqaLogitsProducer<Config, Keys>(shared, task, range, q_map, k_map, share).run();
   } else {
     ptx::set_max_registers_up<Config::kMathRegisters>();
     MqaLogitsMath<Config, Keys>(shared, task, range).run();

@@ -2,8 +2,10 @@
 // fp8_mqa_logits and fp8_paged_mqa_logits on Hopper: params -> tensor maps, range, launch.
 #include <bit>
 
+#include "cuda/common/launch.h"
+#include "cuda/common/make_mqa_task.h"
 #include "cuda/common/tensor_map.h"
-#include "cuda/portable/mqa_logits_launch.cuh"
+#include "cuda/cuda_kernels.h"
 #include "cuda/sm90a/mqa_logits_kernel.cuh"
 
 namespace dsa::cuda {
@@ -59,8 +61,9 @@ Status launch_flat(const MqaLogitsParams& p) {
     sm90a::MqaLogitsRange range{};
     range.begin = static_cast<std::uint32_t>(begin);
     range.end = static_cast<std::uint32_t>(end);
-    range.columns_end =
-        static_cast<std::uint32_t>(is_last ? task.columns : std::min(end, task.columns));
+    // None are left when rows are shorter than the keys, as windows' columns are.
+    range.columns_end = static_cast<std::uint32_t>(
+        std::max(is_last ? task.columns : std::min(end, task.columns), begin));
     const Status status =
         launch_range<Config>(task, range, "sm90a_mqa_logits", q_map, k_map, p.launch);
     if (!status.ok()) return status;
