@@ -4,7 +4,8 @@
 # make lint   ruff, mypy, clang-format     make format   fix what they can
 # make asan   the C++ tests and the hostile-metadata Python tests under ASan and UBSan
 # make bench  every op against its peers: on a GPU where there is one, else on the CPU
-# make cuda-build  compile the CUDA backend (needs nvcc, no GPU)
+# make cuda-build  compile with the CUDA backend (needs nvcc, no GPU)
+# make cuda-test   and run the tests of that build that need no GPU
 # make cuda-archs  the same for the architectures that a default build leaves to PTX or to SM80's code
 # make memcheck    a few calls of every op under compute-sanitizer (needs a GPU)
 #
@@ -19,7 +20,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CPP_FILES = $(shell git ls-files "*.h" "*.cpp" "*.cu" "*.cuh")
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test install build-tests ctest pytest lint format asan bench cuda-build cuda-archs memcheck clean gtest
+.PHONY: demo test install build-tests ctest pytest lint format asan bench cuda-build cuda-test cuda-archs memcheck clean gtest
 
 demo: install
 	$(BIN)/python examples/byte_lm.py
@@ -82,9 +83,19 @@ asan: $(VENV)/.deps gtest
 	  $(BIN)/python -m pytest -q tests/python/test_hostile.py
 
 # The core library with the CUDA backend, without Python: what CI compiles where no GPU is.
-cuda-build: $(VENV)/.deps
-	$(BIN)/cmake -S . -B build/cuda -G Ninja -DDSA_CUDA=ON -DDSA_BUILD_PYTHON=OFF >/dev/null
-	$(BIN)/cmake --build build/cuda
+CUDA_BUILD := build/cuda
+CUDA_SITE := $(CURDIR)/$(CUDA_BUILD)/site
+cuda-build: $(VENV)/.deps gtest
+	$(BIN)/cmake -S . -B $(CUDA_BUILD) -G Ninja -DDSA_CUDA=ON -DDSA_BUILD_TESTS=ON \
+	  -DPython_EXECUTABLE=$(BIN)/python >/dev/null
+	$(BIN)/cmake --build $(CUDA_BUILD)
+
+cuda-test: cuda-build
+	$(CUDA_BUILD)/tests/cpp/test_api
+	rm -rf $(CUDA_SITE) && mkdir -p $(CUDA_SITE) && cp -r python/dsa_ext $(CUDA_SITE)/
+	$(BIN)/cmake --install $(CUDA_BUILD) --prefix $(CUDA_SITE) >/dev/null
+	PYTHONPATH=$(CUDA_SITE) $(BIN)/python -m pytest -q tests/python/test_readme.py \
+	  tests/python/test_package.py tests/python/test_errors.py
 
 CUDA_ARCHS := 86 89 100 120
 cuda-archs: $(VENV)/.deps

@@ -88,6 +88,9 @@ using FlatConfig = MqaLogitsConfig<kHeads, kDim, kMathWarpgroups, 128, kMathWarp
 template <int kHeads, int kWarpgroupColumns, int kColumnGroups>
 using PagedConfig = MqaLogitsConfig<kHeads, 128, 4, kWarpgroupColumns, kColumnGroups>;
 
+// Columns that a CTA cleans before others take on.
+inline constexpr std::uint32_t kCleanRun = 16384;
+
 // What of a task a launch does. Rows come in blocks of kQueries, those of a group in their own.
 struct MqaLogitsRange {
   std::uint32_t begin, end;   // of the keys, on whole tiles

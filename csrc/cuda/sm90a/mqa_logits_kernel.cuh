@@ -338,13 +338,12 @@ class MqaLogitsProducer {
 
   // -inf to what no tile covers; runs of a block's columns go round the CTAs. By warps 2 and 3.
   __device__ void clean() {
-    constexpr std::uint32_t kRun = 16384;
-    const std::uint32_t runs = (range_.columns_end - range_.begin + kRun - 1) / kRun;
+    const std::uint32_t runs = (range_.columns_end - range_.begin + kCleanRun - 1) / kCleanRun;
 #pragma unroll 1
     for (std::uint32_t item = blockIdx.x; item < range_.blocks * runs; item += gridDim.x) {
       const std::uint32_t block = item / runs;
-      const std::uint32_t begin = range_.begin + (item - block * runs) * kRun;
-      const std::uint32_t end = min(begin + kRun, range_.columns_end);
+      const std::uint32_t begin = range_.begin + (item - block * runs) * kCleanRun;
+      const std::uint32_t end = min(begin + kCleanRun, range_.columns_end);
       const BlockRows<Config> rows(task_, range_, block);
       const BlockWindows<Config> windows(task_, rows, lane_);
       const BlockTiles<Config> of_block(windows.hull, range_);
