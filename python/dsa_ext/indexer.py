@@ -85,7 +85,8 @@ def get_paged_mqa_logits_metadata(
     Returns:
         int32 [num_sms + 1, 2]: the (request, segment) at which each SM begins, and (B, 0)
         in the last row.
-        A hint: a stale schedule may cost time, never correctness.
+        A hint that no kernel here needs: each finds its share from the lengths, so that a stale
+        schedule is harmless.
 
     Signature: DeepGEMM's ``get_paged_mqa_logits_metadata``.
     """
@@ -118,7 +119,7 @@ def fp8_paged_mqa_logits(
             [B, next_n]: row j sees its own length.
         block_table: int32 [B, P], the page of each page_size tokens. An entry outside [0, pages) is
             never read: its keys score -inf.
-        schedule_meta: from :func:`get_paged_mqa_logits_metadata`, or None.
+        schedule_meta: from :func:`get_paged_mqa_logits_metadata`, or None, which does as well.
         max_context_len: width of the result; longer contexts are cut.
         clean_logits: write -inf past each row's length; False leaves those columns untouched.
         logits_dtype: float32 or bfloat16.

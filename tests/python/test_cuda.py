@@ -363,7 +363,7 @@ def test_logits(H, D):
 @pytest.mark.usefixtures("logits_kernel")
 @pytest.mark.parametrize("H", [32, 64, 128])
 def test_logits_of_packed_requests(H):
-    """Windows of several requests, of none, and of no sense, over more keys than a CTA's chunk."""
+    """Windows of several requests, of none, and of no sense, over many tiles of keys."""
     S, L = 611, 9_000
     case = prefill(S, H, 128, L, DEVICE)
     request = torch.arange(S) // 100
