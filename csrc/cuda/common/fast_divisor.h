@@ -29,16 +29,33 @@ class FastDivisor {
     return static_cast<std::int64_t>(static_cast<std::uint64_t>(Wide{twice} * magic_ >> 64) >>
                                      log2_);
   }
-  // The same for n < 2^31 and divisors up to 2^31, by the high word of the magic, rounded up.
-  DSA_HOST_DEVICE std::uint32_t quotient_of_31_bits(std::uint32_t n) const {
-    const std::uint64_t magic = (magic_ + 0xFFFF'FFFFu) >> 32;
-    return static_cast<std::uint32_t>((n << 1) * magic >> 32) >> log2_;
-  }
 
  private:
   std::int64_t divisor_ = 1;
   std::uint64_t magic_ = std::uint64_t{1} << 63;
   std::int32_t log2_ = 0;  // of the divisor, rounded up
+};
+
+// The same in 32 bits, for n < 2^31 and divisors up to 2^31.
+class FastDivisor31 {
+ public:
+  FastDivisor31() = default;
+  explicit FastDivisor31(std::int64_t divisor)
+      : divisor_(divisor > 0 ? static_cast<std::uint32_t>(divisor) : 1) {
+    while ((std::uint32_t{1} << log2_) < divisor_) ++log2_;
+    magic_ =
+        static_cast<std::uint32_t>(((std::uint64_t{1} << (31 + log2_)) + divisor_ - 1) / divisor_);
+  }
+
+  DSA_HOST_DEVICE std::uint32_t divisor() const { return divisor_; }
+  DSA_HOST_DEVICE std::uint32_t quotient(std::uint32_t n) const {
+    return static_cast<std::uint32_t>(std::uint64_t{n << 1} * magic_ >> 32) >> log2_;
+  }
+
+ private:
+  std::uint32_t divisor_ = 1;
+  std::uint32_t magic_ = std::uint32_t{1} << 31;
+  std::uint32_t log2_ = 0;
 };
 
 }  // namespace dsa::cuda

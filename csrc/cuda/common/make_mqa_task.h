@@ -57,8 +57,9 @@ inline MqaTask<FlatKeys> make_task(const MqaLogitsParams& p) {
   keys.start_stride = p.k_start.stride(0);
   keys.ends = p.k_end.ptr<const std::int32_t>();
   keys.end_stride = p.k_end.stride(0);
-  keys.num_keys = p.k.size(0);
-  keys.max_window = task.columns_are_relative ? p.max_seqlen_k : keys.num_keys;
+  keys.num_keys = static_cast<std::int32_t>(p.k.size(0));
+  keys.max_window =
+      task.columns_are_relative ? static_cast<std::int32_t>(p.max_seqlen_k) : keys.num_keys;
   return task;
 }
 
@@ -72,15 +73,16 @@ inline MqaTask<PagedKeys> make_task(const PagedMqaLogitsParams& p) {
   keys.num_pages = p.kv_cache.size(0);
   keys.layout = {p.q.size(-1), p.kv_cache.size(1)};
   constexpr std::int64_t kMostKeys = std::numeric_limits<std::int32_t>::max();
-  keys.page_size = FastDivisor(std::min(keys.layout.page_size, kMostKeys));
+  keys.page_size = FastDivisor31(std::min(keys.layout.page_size, kMostKeys));
   keys.table = p.block_table.ptr<const std::int32_t>();
   keys.table_stride = p.block_table.stride(0);
   keys.lens = p.context_lens.ptr<const std::int32_t>();
   keys.lens_of_rows = p.context_lens.ndim == 2;
   keys.lens_strides[0] = p.context_lens.stride(0);
   keys.lens_strides[1] = keys.lens_of_rows ? p.context_lens.stride(1) : 0;
-  keys.next_n = task.rows_per_group;
-  keys.num_keys = std::min(p.max_context_len, p.block_table.size(1) * keys.layout.page_size);
+  keys.next_n = static_cast<std::int32_t>(task.rows_per_group);
+  keys.num_keys = static_cast<std::int32_t>(
+      std::min(p.max_context_len, p.block_table.size(1) * keys.layout.page_size));
   return task;
 }
 

@@ -29,25 +29,40 @@ struct KeyAddress {
 struct FlatKeys {
   static constexpr bool kMayMiss = false;
 
-  const std::uint8_t* k;       // e4m3 [L, D]
-  const std::uint8_t* scale;   // f32 [L]
   const std::int32_t* starts;  // [S]
   const std::int32_t* ends;    // [S]
-  std::int64_t k_stride;       // bytes
-  std::int64_t scale_stride;   // bytes
   std::int64_t start_stride;
   std::int64_t end_stride;
-  std::int64_t num_keys;
-  std::int64_t max_window;  // a window is cut after this many keys
+  std::int32_t num_keys;
+  std::int32_t max_window;    // a window is cut after this many keys
+  const std::uint8_t* k;      // e4m3 [L, D]
+  const std::uint8_t* scale;  // f32 [L]
+  std::int64_t k_stride;      // bytes
+  std::int64_t scale_stride;  // bytes
 
   DSA_HOST_DEVICE KeyWindow window(std::int64_t, std::int64_t row) const {
-    const std::int64_t start = starts[row * start_stride];
-    const std::int64_t end = ends[row * end_stride];
-    const std::int64_t first = start > 0 ? start : 0;
-    std::int64_t last = end < num_keys ? end : num_keys;
-    if (last <= first) return {};
-    if (last - first > max_window) last = first + max_window;
-    return {static_cast<std::uint32_t>(first), static_cast<std::uint32_t>(last)};
+    return cut(starts[row * start_stride], ends[row * end_stride]);
+  }
+
+  // Of all keys that some of the rows see. Eight rows are read together.
+  DSA_HOST_DEVICE KeyWindow hull(std::int64_t, std::int64_t first, int rows) const {
+    constexpr int kTogether = 8;
+    KeyWindow hull{~0u, 0u};
+    for (int i = 0; i < rows; i += kTogether) {
+      std::int32_t start[kTogether], end[kTogether];
+      for (int j = 0; j < kTogether; ++j) {
+        const std::int64_t row = first + (i + j < rows ? i + j : 0);
+        start[j] = starts[row * start_stride];
+        end[j] = ends[row * end_stride];
+      }
+      for (int j = 0; j < kTogether; ++j) {
+        const KeyWindow row = cut(start[j], end[j]);
+        if (row.begin >= row.end) continue;
+        hull.begin = row.begin < hull.begin ? row.begin : hull.begin;
+        hull.end = row.end > hull.end ? row.end : hull.end;
+      }
+    }
+    return hull;
   }
 
   // A key is found in two steps, so that what the first one reads can be read ahead.
@@ -56,40 +71,60 @@ struct FlatKeys {
   DSA_HOST_DEVICE KeyAddress locate(std::int32_t, std::uint32_t key) const {
     return {k + key * k_stride, scale + key * scale_stride};
   }
+
+ private:
+  DSA_HOST_DEVICE KeyWindow cut(std::int32_t start, std::int32_t end) const {
+    const std::int32_t first = start > 0 ? start : 0;
+    std::int32_t last = end < num_keys ? end : num_keys;
+    if (last <= first) return {};
+    if (last - first > max_window) last = first + max_window;
+    return {static_cast<std::uint32_t>(first), static_cast<std::uint32_t>(last)};
+  }
 };
 
 // A group of rows a request, over the pages of its block table.
 struct PagedKeys {
   static constexpr bool kMayMiss = true;
 
-  const std::uint8_t* cache;  // [pages][page_stride]
-  const std::int32_t* table;  // [B, P]
-  const std::int32_t* lens;   // [B] or [B, next_n]
-  std::int64_t page_stride;   // bytes
-  std::int64_t num_pages;
-  std::int64_t table_stride;
+  const std::int32_t* lens;      // [B] or [B, next_n]
   std::int64_t lens_strides[2];  // the second is 0 when lens is [B]
-  std::int64_t next_n;
-  std::int64_t num_keys;  // at most P * page_size
+  std::int32_t next_n;
+  bool lens_of_rows;          // lens is [B, next_n]
+  std::int32_t num_keys;      // at most P * page_size
+  const std::int32_t* table;  // [B, P]
+  std::int64_t table_stride;
+  FastDivisor31 page_size;    // layout.page_size, or more than all keys
+  const std::uint8_t* cache;  // [pages][page_stride]
+  std::int64_t num_pages;
+  std::int64_t page_stride;  // bytes
   IndexerLayout layout;
-  FastDivisor page_size;  // layout.page_size, or more than all keys
-  bool lens_of_rows;      // lens is [B, next_n]
 
   DSA_HOST_DEVICE KeyWindow window(std::int64_t request, std::int64_t row) const {
-    const std::int64_t len = lens[request * lens_strides[0] + row * lens_strides[1]];
-    const std::int64_t seen = lens_of_rows ? len : len - next_n + 1 + row;
-    const std::int64_t last = seen < num_keys ? seen : num_keys;
-    if (last <= 0) return {};
-    return {0, static_cast<std::uint32_t>(last)};
+    const std::int32_t len = lens[request * lens_strides[0] + row * lens_strides[1]];
+    // Keys that later queries see.
+    const auto later = lens_of_rows ? 0 : next_n - 1 - static_cast<std::int32_t>(row);
+    if (len <= later) return {};
+    const std::int32_t seen = len - later;
+    return {0, static_cast<std::uint32_t>(seen < num_keys ? seen : num_keys)};
+  }
+
+  DSA_HOST_DEVICE KeyWindow hull(std::int64_t request, std::int64_t first, int rows) const {
+    if (!lens_of_rows) return window(request, first + rows - 1);
+    KeyWindow hull;
+    for (int i = 0; i < rows; ++i) {
+      const KeyWindow row = window(request, first + i);
+      hull.end = row.end > hull.end ? row.end : hull.end;
+    }
+    return hull;
   }
 
   DSA_HOST_DEVICE std::int32_t look_up(std::int64_t request, std::uint32_t key) const {
-    return table[request * table_stride + page_size.quotient_of_31_bits(key)];
+    return table[request * table_stride + page_size.quotient(key)];
   }
 
   // In 32 bits, since a longer page holds all keys.
   DSA_HOST_DEVICE std::uint32_t token_of_page(std::uint32_t key) const {
-    return key - page_size.quotient_of_31_bits(key) * static_cast<std::uint32_t>(layout.page_size);
+    return key - page_size.quotient(key) * static_cast<std::uint32_t>(layout.page_size);
   }
   DSA_HOST_DEVICE const std::uint8_t* scale(std::int32_t page, std::uint32_t token) const {
     return cache + page * page_stride + layout.scale(token);
@@ -102,7 +137,8 @@ struct PagedKeys {
   }
 };
 
-// The arguments of a kernel. Rows of queries come in groups that share their keys.
+// The arguments of a kernel. Rows of queries come in groups that share their keys. What a kernel
+// reads first stands together: each 64 bytes of arguments are fetched when they are first read.
 template <typename Keys>
 struct MqaTask {
   Keys keys;

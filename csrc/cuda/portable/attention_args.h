@@ -15,7 +15,7 @@ struct LatentRows {
   const std::uint8_t* data = nullptr;
   std::int64_t num_slots = 0;
   std::int64_t num_pages = 0;
-  FastDivisor page_size;           // slots are int32: a larger page than 2^31 is one page
+  FastDivisor31 page_size;         // slots are int32: a larger page than 2^31 is one page
   std::int64_t page_stride = 0;    // bytes
   std::int64_t token_stride = 0;   // bytes
   std::int64_t scales_offset = 0;  // bytes from a page's begin to its first scales, if FP8

@@ -40,7 +40,7 @@ class KeySequence {
   __device__ std::int32_t fetch(const AttentionArgs& args, int key) const {
     if (key >= size_) return -1;
     if (args.block_table != nullptr) {
-      return slots_[0][args.lists[0].rows.page_size.quotient_of_31_bits(key)];
+      return slots_[0][args.lists[0].rows.page_size.quotient(key)];
     }
     return key < first_ ? slots_[0][key] : slots_[1][key - first_];
   }
@@ -50,7 +50,7 @@ class KeySequence {
     if (key >= size_ || fetched < 0) return {};
     if (args.block_table != nullptr) {
       const LatentRows& rows = args.lists[0].rows;
-      const std::uint32_t logical = rows.page_size.quotient_of_31_bits(key);
+      const std::uint32_t logical = rows.page_size.quotient(key);
       return fetched < rows.num_pages ? row_of_page(rows, fetched, key, logical) : KeyRow{};
     }
     return key < first_ ? row_of_slot(args.lists[0].rows, fetched)
@@ -60,7 +60,7 @@ class KeySequence {
  private:
   __device__ static KeyRow row_of_slot(const LatentRows& rows, std::int32_t slot) {
     if (slot >= rows.num_slots) return {};
-    const std::uint32_t page = rows.page_size.quotient_of_31_bits(slot);
+    const std::uint32_t page = rows.page_size.quotient(slot);
     return row_of_page(rows, page, slot, page);
   }
 

@@ -86,7 +86,7 @@ LatentRows latent_rows(const TensorView& data, std::int64_t pages, std::int64_t 
   LatentRows rows;
   rows.data = data.ptr<const std::uint8_t>();
   rows.num_pages = std::min(pages, kMost);
-  rows.page_size = FastDivisor(std::min(page_size, kMost));
+  rows.page_size = FastDivisor31(std::min(page_size, kMost));
   rows.num_slots = rows.num_pages * std::min(page_size, kMost);
   rows.page_stride = page_stride;
   rows.token_stride = token_stride;

@@ -24,7 +24,7 @@ struct MapToSlots {
   TensorRows indices;
   TensorRows out;
   PageTable table;
-  FastDivisor page_size;         // 2^31 for any larger: the same slots fit into an int32
+  FastDivisor31 page_size;       // 2^31 for any larger: the same slots fit into an int32
   TensorView row_to_request;     // i32 [rows], optional
   FastDivisor rows_per_request;  // without it
   FastDivisor warps_per_row;
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) portable_map_to_slots_kernel(MapToSl
 #pragma unroll
     for (std::uint32_t& word : tokens[i].words) {
       const std::uint32_t token = word & 0x7FFF'FFFFu;
-      const std::uint32_t index = map.page_size.quotient_of_31_bits(token);
+      const std::uint32_t index = map.page_size.quotient(token);
       const bool mapped = token == word && index < num_entries;  // word: not negative
       const std::int32_t page = mapped ? pages.entries[index] : -1;
       const std::uint64_t slot =
@@ -87,7 +87,7 @@ Status map_to_slots(const MapToSlotsParams& params) {
       indices,
       out,
       {params.block_table, params.page_size},
-      FastDivisor(std::min(params.page_size, std::int64_t{1} << 31)),
+      FastDivisor31(std::min(params.page_size, std::int64_t{1} << 31)),
       params.row_to_request,
       FastDivisor(num_requests > 0 ? indices.count() / num_requests : 1),
       FastDivisor(warps_per_row),

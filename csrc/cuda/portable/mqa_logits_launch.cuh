@@ -51,7 +51,7 @@ Status launch_mqa_logits(MqaTask<Keys> task, const char* name, const Launch& whe
   using Shared = MqaLogits<ProductsOf, kHeadDim, kHeads, Keys>;
   using Direct = MqaLogitsDirect<ProductsOf, kHeadDim, kHeads, Keys>;
   using Scores = typename Shared::Scores;
-  const std::int64_t extent = std::max(task.columns, task.keys.num_keys);
+  const std::int64_t extent = std::max<std::int64_t>(task.columns, task.keys.num_keys);
   if (task.num_groups == 0 || task.rows_per_group == 0 || extent == 0) return {};
 
   const std::int64_t sets = ceil_div<std::int64_t>(task.rows_per_group, Scores::kQueries);

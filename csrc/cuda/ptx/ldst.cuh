@@ -11,6 +11,15 @@ __device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The same place, its address a value to the compiler. From the start of a CTA's shared memory it
+// would find every address anew, in loops too.
+template <typename T>
+__device__ __forceinline__ T& pinned_in_shared(void* pointer) {
+  std::uint32_t address = shared_address(pointer);
+  asm volatile("" : "+r"(address));
+  return *reinterpret_cast<T*>(__cvta_shared_to_generic(address));
+}
+
 // Four 8 x 8 matrices of 16-bit elements: lanes 8i..8i+7 give the addresses of matrix i's rows (16
 // bytes each, 16-byte aligned); r[i] of lane l holds elements 2*(l%4), 2*(l%4)+1 of row l/4.
 __device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&r)[4], std::uint32_t address) {

@@ -9,6 +9,9 @@
 
 namespace dsa::cuda::ptx {
 
+// __syncthreads(), for warps that meet from different places.
+__device__ __forceinline__ void cta_sync() { asm volatile("barrier.sync 0;" ::: "memory"); }
+
 using Mbarrier = std::uint64_t;  // in shared memory
 
 // By one thread; others may use it after mbarrier_fence_init() and a barrier of the CTA.

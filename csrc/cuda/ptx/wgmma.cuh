@@ -51,7 +51,9 @@ class WgmmaDescriptor {
 
  public:
   __device__ explicit WgmmaDescriptor(const void* shared)
-      : low_((shared_address(shared) & 0x3FFFFu) >> 4 | 1u << 16) {}
+      : low_((shared_address(shared) & 0x3FFFFu) >> 4 | 1u << 16) {
+    asm volatile("" : "+r"(low_));  // not to be found anew in loops
+  }
 
   __device__ WgmmaDescriptor operator+(std::uint32_t bytes) const {
     WgmmaDescriptor moved = *this;

@@ -10,6 +10,20 @@
 
 namespace dsa::cuda::sm90a {
 
+// Keys that CTAs share out among them; a tile may end with fewer than it could have.
+inline constexpr std::uint32_t kUnitKeys = 64;
+// What another block costs a CTA, in units: that many queries to load and, mostly, edges of
+// windows.
+inline constexpr std::uint32_t kBlockUnits = 4;
+
+// A CTA's part: `units` from unit `skip` of a block on, and on with the next blocks.
+struct MqaLogitsShare {
+  std::uint32_t block;
+  std::uint32_t skip;
+  std::uint32_t units;
+  KeyWindow hull;  // of the block's windows
+};
+
 // A warpgroup has kWarpgroupColumns columns of a tile. Warpgroups past kColumnGroups have the same
 // columns and other keys.
 template <int kHeads_, int kDim_, int kMathWarpgroups_, int kWarpgroupColumns_, int kColumnGroups_>
@@ -47,20 +61,13 @@ struct MqaLogitsConfig {
   static constexpr int kKeyStages =
       std::min(8, (220 * 1024 - kQuerySlots * kQueryBytes) / (kKeyBytes + kTileKeys * kScaleBytes));
 
-  // Tiles in a row of a block of queries.
+  // Keys in a row of a block of queries.
   struct Work {
     std::int32_t first_row;  // of the block among all rows
     std::int32_t rows;       // of the block
-    std::uint32_t first_key;
-    std::int32_t tiles;  // -1: there is no more
-    KeyWindow common;    // keys that all of the queries see
-  };
-
-  // A CTA's tiles: from tile `skip` of a block on, and on with the next blocks.
-  struct Share {
-    std::uint32_t block;
-    std::uint32_t skip;
-    std::uint32_t tiles;
+    std::uint32_t begin;     // the first key, on a unit
+    std::uint32_t end;       // `begin`: there is no more
+    KeyWindow common;        // keys that all of the queries see
   };
 
   struct SharedStorage {
@@ -71,8 +78,8 @@ struct MqaLogitsConfig {
     alignas(16) float weights[kQuerySlots][kColumns];
     KeyWindow windows[kQuerySlots][kQueries];
     Work work[kQuerySlots];
-    Share share;
-    std::uint32_t warp_tiles[kThreads / 32];
+    MqaLogitsShare shares[2];  // the CTA's, for either warp that needs it
+    std::uint32_t warp_units[kThreads / 32];
     ptx::Mbarrier full_q[kQuerySlots], empty_q[kQuerySlots];
     ptx::Mbarrier full_k[kKeyStages], empty_k[kKeyStages];
   };
@@ -93,9 +100,12 @@ inline constexpr std::uint32_t kCleanRun = 16384;
 
 // What of a task a launch does. Rows come in blocks of kQueries, those of a group in their own.
 struct MqaLogitsRange {
-  std::uint32_t begin, end;   // of the keys, on whole tiles
-  std::uint32_t columns_end;  // columns to clean end here, and begin with the keys
-  std::uint32_t blocks, blocks_per_group;
+  std::uint32_t begin, end;  // of the keys, on whole tiles
+  std::uint32_t blocks;
+  std::int32_t rows_per_group;
+  FastDivisor31 blocks_per_group;
+  FastDivisor31 ctas;
+  std::uint32_t columns_end;   // columns to clean end here, and begin with the keys
   std::int32_t box_keys_log2;  // of paged keys: of a copy, all in one page
 };
 

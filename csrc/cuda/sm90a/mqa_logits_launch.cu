@@ -27,9 +27,10 @@ template <typename Config, typename Keys>
 Status launch_range(const MqaTask<Keys>& task, sm90a::MqaLogitsRange range, const char* name,
                     const CUtensorMap& q_map, const CUtensorMap& k_map, const Launch& where) {
   const std::int64_t per_group = ceil_div<std::int64_t>(task.rows_per_group, Config::kQueries);
-  range.blocks_per_group = static_cast<std::uint32_t>(per_group);
+  range.rows_per_group = static_cast<std::int32_t>(task.rows_per_group);
+  range.blocks_per_group = FastDivisor31(per_group);
   range.blocks = static_cast<std::uint32_t>(task.num_groups * per_group);
-  std::int64_t work = ceil_div<std::int64_t>(range.end - range.begin, Config::kTileKeys);
+  std::int64_t work = ceil_div<std::int64_t>(range.end - range.begin, sm90a::kUnitKeys);
   if (task.clean) {
     work =
         std::max(work, ceil_div<std::int64_t>(range.columns_end - range.begin, sm90a::kCleanRun));
@@ -37,9 +38,10 @@ Status launch_range(const MqaTask<Keys>& task, sm90a::MqaLogitsRange range, cons
   const int num_sms = std::max(device_limits(where.device).num_sms, 1);
   const auto grid = static_cast<unsigned>(
       std::clamp<std::int64_t>(std::int64_t{range.blocks} * work, 1, num_sms));
+  range.ctas = FastDivisor31(grid);
   return launch<sm90a::sm90a_mqa_logits_kernel<Config, Keys>>(
-      name, where, dim3(grid), Config::kThreads, sizeof(typename Config::SharedStorage), task,
-      range, q_map, k_map);
+      name, where, dim3(grid), Config::kThreads, sizeof(typename Config::SharedStorage), range,
+      task, q_map, k_map);
 }
 
 template <typename Config>
@@ -57,12 +59,14 @@ Status launch_flat(const MqaLogitsParams& p) {
   if (!k_status.ok()) return k_status;
 
   // So many keys at a time as stay in L2 while all queries read them, half of Hopper's 50 MB, and
-  // as make fewer than 2^32 tiles.
+  // as make fewer than 2^31 units.
   constexpr std::int64_t kKeysOfL2 = (std::int64_t{24} << 20) / Config::kDim;
   static_assert(kKeysOfL2 % Config::kTileKeys == 0);
+  constexpr std::int64_t kTileUnits = Config::kTileKeys / sm90a::kUnitKeys;
   const std::int64_t blocks = ceil_div<std::int64_t>(task.rows_per_group, Config::kQueries);
+  const std::int64_t units_at_once = ((std::int64_t{1} << 31) - 1) / blocks - sm90a::kBlockUnits;
   const std::int64_t keys_at_once =
-      std::min(kKeysOfL2, ((std::int64_t{1} << 32) - 1) / blocks * Config::kTileKeys);
+      std::min(kKeysOfL2, units_at_once / kTileUnits * Config::kTileKeys);
   for (std::int64_t begin = 0; begin < task.keys.num_keys; begin += keys_at_once) {
     const bool is_last = begin + keys_at_once >= task.keys.num_keys;
     const std::int64_t end = is_last ? task.keys.num_keys : begin + keys_at_once;

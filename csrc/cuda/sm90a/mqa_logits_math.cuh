@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "core/pipeline_state.h"
+#include "cuda/common/launch.h"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90a/mqa_logits_config.h"
@@ -35,9 +36,15 @@ class MqaLogitsMath {
     while (true) {
       ptx::mbarrier_wait(shared_.full_q[slot.index], slot.phase);
       const Work work = shared_.work[slot.index];
-      const int tiles = __shfl_sync(~0u, work.tiles, 0);
-      if (tiles < 0) break;
-      run_tiles(work, tiles, slot.index, stage);
+      const int keys = __shfl_sync(~0u, static_cast<int>(work.end - work.begin), 0);
+      if (keys == 0) break;
+      if (keys > warpgroup_ / Config::kColumnGroups * Config::kGroupKeys) {
+        run_tiles(work, ceil_div(keys, Config::kTileKeys), slot.index, stage);
+      } else {  // one tile, none of its keys this warpgroup's
+        ptx::mbarrier_wait(shared_.full_k[stage.index], stage.phase);
+        if (lane_ == 0) ptx::mbarrier_arrive(shared_.empty_k[stage.index]);
+        stage.advance();
+      }
       __syncwarp();
       if (lane_ == 0) ptx::mbarrier_arrive(shared_.empty_q[slot.index]);
       slot.advance();
@@ -69,7 +76,7 @@ class MqaLogitsMath {
     Place at;
     at.slot = slot;
     at.logits = (work.rows - first - query_of_lane(0) + 1) / 2;
-    at.key = work.first_key + row_of_tile();
+    at.key = work.begin + row_of_tile();
     if constexpr (!Keys::kMayMiss) at.scale = task_.keys.scale + at.key * task_.keys.scale_stride;
     const std::int64_t row = work.first_row + first + query_of_lane(0);
     const std::int64_t logit = row * task_.out_stride + at.key;
@@ -80,12 +87,13 @@ class MqaLogitsMath {
 
     // Tiles that all queries see in full stand between those that some do not. Pages begin at 0.
     int full_begin = 0, full_end = 0;
-    if (!task_.columns_are_relative && work.common.end > work.first_key) {
-      const std::uint32_t until = work.common.end - work.first_key;
-      full_end = __shfl_sync(~0u, min(static_cast<int>(until / Config::kTileKeys), tiles), 0);
+    const std::uint32_t common_end = min(work.common.end, work.end);
+    if (!task_.columns_are_relative && common_end > work.begin) {
+      const std::uint32_t until = common_end - work.begin;
+      full_end = __shfl_sync(~0u, static_cast<int>(until / Config::kTileKeys), 0);
     }
-    if (!Keys::kMayMiss && work.common.begin > work.first_key) {
-      const std::uint32_t before = work.common.begin - work.first_key;
+    if (!Keys::kMayMiss && work.common.begin > work.begin) {
+      const std::uint32_t before = work.common.begin - work.begin;
       full_begin = __shfl_sync(
           ~0u, static_cast<int>((before + Config::kTileKeys - 1) / Config::kTileKeys), 0);
     }
@@ -104,11 +112,13 @@ class MqaLogitsMath {
       ptx::mbarrier_wait(shared_.full_k[stage.index], stage.phase);
       std::uint32_t missing = 0;
       if constexpr (Keys::kMayMiss) missing = shared_.missing[stage.index];
-      // One branch for all: none between a product's sum and the next product.
-      if (tile >= full_begin && tile < full_end && missing == 0) {
-        run_tile<Out, true>(q, stage.index, at, 0);
+      const bool is_full = tile >= full_begin && tile < full_end && missing == 0;
+      if constexpr (Config::kProducts == 1) {
+        run_tile<Out>(q, stage.index, at, is_full, missing);
+      } else if (is_full) {  // no branch between a product's sum and the next product
+        run_tile<Out>(q, stage.index, at, true, missing);
       } else {
-        run_tile<Out, false>(q, stage.index, at, missing);
+        run_tile<Out>(q, stage.index, at, false, missing);
       }
       stage.advance();
       at.key += Config::kTileKeys;
@@ -138,20 +148,24 @@ class MqaLogitsMath {
     }
   }
 
-  // kIsFull: all queries see all of the tile, and none of it is missing.
-  template <typename Out, bool kIsFull>
-  __device__ void run_tile(Descriptor q, std::uint32_t stage, const Place& at,
-                           std::uint32_t missing) const {
+  // is_full: all queries see all of the tile, and none of it is missing.
+  template <typename Out>
+  __device__ __forceinline__ void run_tile(Descriptor q, std::uint32_t stage, const Place& at,
+                                           bool is_full, std::uint32_t missing) const {
 #pragma unroll
     for (int product = 0; product < Config::kProducts; ++product) {
       constexpr int kKeys = Config::kProductKeys;
+      if (!is_full && is_past_end(at, product)) {
+        if (lane_ == 0) ptx::mbarrier_arrive(shared_.empty_k[stage]);
+        break;
+      }
       float d[kAccumulators];
       multiply(d, k_ + (stage * Config::kKeyBytes + product * kProductBytes), q);
       const std::uint32_t key = at.key + product * kKeys;
       float scale = 0.0f;
       if constexpr (Keys::kMayMiss) {
         scale = shared_.scales[stage][row_of_tile() + product * kKeys];
-      } else if (kIsFull || key < task_.keys.num_keys) {
+      } else if (is_full || key < task_.keys.num_keys) {
         scale =
             *reinterpret_cast<const float*>(at.scale + product * kKeys * task_.keys.scale_stride);
       }
@@ -167,7 +181,7 @@ class MqaLogitsMath {
         if ((kWgQueries < 2 && lane_ % 4 >= 2) || i >= at.logits) continue;
         const std::int64_t offset = 2 * i * task_.out_stride + product * kKeys;
         Out* out = static_cast<Out*>(at.out) + offset;
-        if constexpr (kIsFull) {
+        if (is_full) {
           *out = Out(logit);
         } else {
           store(at, i, product, missing, out, logit);
@@ -229,11 +243,18 @@ class MqaLogitsMath {
     return (is_set ? b : a) + __shfl_xor_sync(~0u, is_set ? a : b, bit);
   }
 
-  // Where a window ends or keys are missing.
+  // Whether all of a product's keys are; the same in all warps, since the end is on a unit.
+  __device__ bool is_past_end(const Place& at, int product) const {
+    const std::uint32_t first = __shfl_sync(~0u, at.key, 0) + product * Config::kProductKeys;
+    return __shfl_sync(~0u, static_cast<int>(first >= shared_.work[at.slot].end), 0) != 0;
+  }
+
+  // Where a window or the keys of this CTA end, or keys are missing.
   template <typename Out>
   __device__ void store(const Place& at, int i, int product, std::uint32_t missing, Out* out,
                         float logit) const {
     const std::uint32_t key = at.key + product * Config::kProductKeys;
+    if (key >= shared_.work[at.slot].end) return;
     const KeyWindow window =
         shared_.windows[at.slot][column_group() * kWgQueries + query_of_lane(i)];
     if (key >= window.begin && key < window.end) {

@@ -8,6 +8,7 @@
 
 #include "core/pipeline_state.h"
 #include "cuda/common/vector.cuh"
+#include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/sm90a/mqa_logits_config.h"
 #include "cuda/sm90a/mqa_logits_share.cuh"
@@ -19,144 +20,161 @@ class MqaLogitsProducer {
  public:
   using SharedStorage = typename Config::SharedStorage;
   using Task = MqaTask<Keys>;
-  using Share = typename Config::Share;
 
   __device__ MqaLogitsProducer(SharedStorage& shared, const Task& task, const MqaLogitsRange& range,
-                               const CUtensorMap& q_map, const CUtensorMap& k_map, Share share)
+                               const CUtensorMap& q_map, const CUtensorMap& k_map)
       : shared_(shared),
         task_(task),
         range_(range),
         q_map_(q_map),
         k_map_(k_map),
-        share_(share),
         lane_(threadIdx.x % 32) {}
 
   __device__ void run() {
+    if (range_.blocks > kFewBlocks<Keys>) meet();
     switch (threadIdx.x / 32 % 4) {
-      case 0: copy(); break;
-      case 1: stage_weights(); break;
+      case 0: copy_keys(shared_.shares[0]); break;
+      case 1: stage_queries(shared_.shares[1]); break;
       default:
         if (task_.clean) clean();
     }
+    meet();
   }
 
  private:
-  using QuerySlot = PipelineState<Config::kQuerySlots>;
+  // The CTA's first sync, after which its barriers are there: as late as a warp can have it.
+  __device__ void meet() {
+    if (!met_) ptx::cta_sync();
+    met_ = true;
+  }
 
-  // Calls visit(slot, rows, windows, first_key, tiles) for each block of this CTA's share, then
-  // ends; in the ring of query slots.
-  template <typename Visit, typename End>
-  __device__ void for_each_block(Visit&& visit, End&& end) {
-    auto slot = QuerySlot::producer_start();
-    auto [block, skip, left] = share_;
-    for (; left > 0; ++block, skip = 0) {
-      const BlockRows<Config> rows(task_, range_, block);
-      const BlockWindows<Config> windows(task_, rows, lane_);
-      const BlockTiles<Config> of_block(windows.hull, range_);
-      const std::uint32_t tiles = min(of_block.tiles - skip, left);
-      if (tiles == 0) continue;
-      left -= tiles;
-      ptx::mbarrier_wait(shared_.empty_q[slot.index], slot.phase);
-      visit(slot.index, rows, windows, of_block.first_key + skip * Config::kTileKeys, tiles);
-      __syncwarp();
-      slot.advance();
+  // Calls visit(rows, begin, end) for each block of a share, with its keys.
+  template <typename Visit>
+  __device__ void for_each_block(const MqaLogitsShare& share, Visit&& visit) {
+    auto [block, skip, left, hull] = share;
+    if (left == 0) return;
+    BlockRows<Config> rows(range_, block);
+    while (true) {
+      if constexpr (Keys::kMayMiss) hull.begin = 0;
+      const BlockUnits<Keys> units(hull, range_);
+      const std::uint32_t until = min(units.all(), skip + left);
+      left -= until - skip;
+      const std::uint32_t begin = units.key_at(skip), end = units.key_at(until);
+      if (begin < end) visit(rows, begin, end);
+      if (left == 0) break;
+      rows = BlockRows<Config>(range_, ++block);
+      hull = hull_of_lanes<Keys>(window_of_lane(task_, rows, lane_));
+      skip = 0;
     }
-    ptx::mbarrier_wait(shared_.empty_q[slot.index], slot.phase);
-    if (lane_ == 0) end(slot.index);
   }
 
-  __device__ void copy() {
-    for_each_block(
-        [&](std::uint32_t slot, const BlockRows<Config>& rows, const BlockWindows<Config>& windows,
-            std::uint32_t first_key, std::uint32_t tiles) {
-          if (lane_ == 0) {
-            shared_.work[slot] = {rows.first_of_all(task_), rows.count, first_key,
-                                  static_cast<std::int32_t>(tiles), windows.common};
-            ptx::mbarrier_arrive_expect(shared_.full_q[slot], Config::kQueryBytes);
-            ptx::tma_load(shared_.q[slot], q_map_, shared_.full_q[slot], 0, 0, rows.first,
-                          static_cast<std::int32_t>(rows.group));
-          }
-          if constexpr (Keys::kMayMiss) {
-            copy_pages(rows.group, first_key, windows.hull.end, tiles);
-          } else if (lane_ == 0) {
-            copy_keys(first_key, tiles);
-          }
-        },
-        [&](std::uint32_t slot) {
-          shared_.work[slot].tiles = -1;
-          ptx::mbarrier_arrive(shared_.full_q[slot]);
-        });
+  __device__ void copy_keys(const MqaLogitsShare& share) {
+    for_each_block(share,
+                   [&](const BlockRows<Config>& rows, std::uint32_t begin, std::uint32_t end) {
+                     if constexpr (Keys::kMayMiss) {
+                       copy_pages(rows.group, begin, end);
+                     } else {
+                       meet();
+                       if (lane_ == 0) copy_tiles(begin, end);
+                     }
+                   });
   }
 
-  __device__ void copy_keys(std::uint32_t first_key, std::uint32_t tiles) {
+  __device__ void copy_tiles(std::uint32_t begin, std::uint32_t end) {
 #pragma unroll 1
-    for (std::uint32_t tile = 0; tile < tiles; ++tile) {
+    for (std::uint32_t key = begin; key < end; key += Config::kTileKeys) {
       ptx::mbarrier_wait(shared_.empty_k[stage_.index], stage_.phase);
       ptx::mbarrier_arrive_expect(shared_.full_k[stage_.index], Config::kKeyBytes);
       ptx::tma_load(shared_.k[stage_.index], k_map_, shared_.full_k[stage_.index], 0,
-                    static_cast<std::int32_t>(first_key + tile * Config::kTileKeys));
+                    static_cast<std::int32_t>(key));
       stage_.advance();
     }
   }
 
   // A lane copies a box of a tile's keys and their scales. 32 boxes, of several tiles, are looked
   // up together, and the next 32 before these are copied.
-  __device__ void copy_pages(std::uint32_t group, std::uint32_t first_key, std::uint32_t end,
-                             std::uint32_t tiles) {
+  __device__ void copy_pages(std::uint32_t group, std::uint32_t begin, std::uint32_t end) {
     const std::uint32_t box_keys = 1u << range_.box_keys_log2;
     const std::uint32_t boxes = Config::kTileKeys >> range_.box_keys_log2;  // of a tile
-    std::uint32_t key = first_key + lane_ * box_keys;                       // of what is ahead
-    std::int32_t ahead = key < end ? task_.keys.look_up(group, key) : -1;
-    std::int32_t page = -1;
+    const auto look_up = [&](std::uint32_t key) {
+      return key < end ? task_.keys.look_up(group, key) : -1;
+    };
+    std::uint32_t key = begin + lane_ * box_keys;
+    std::int32_t page = look_up(key);
+    std::int32_t ahead = look_up(key + 32 * box_keys);
+    std::uint32_t box = 0;  // the tile's first of the 32
+    meet();
 #pragma unroll 1
-    for (std::uint32_t box = 0; tiles > 0; --tiles, box = (box + boxes) % 32) {
-      if (box == 0) {
+    for (std::uint32_t tile = begin; tile < end; tile += Config::kTileKeys) {
+      if (box == 32) {
+        box = 0;
         page = ahead;
         key += 32 * box_keys;
-        ahead = key < end ? task_.keys.look_up(group, key) : -1;
+        ahead = look_up(key + 32 * box_keys);
       }
+      const std::uint32_t row = (lane_ - box) * box_keys;
+      const std::uint32_t token = task_.keys.token_of_page(key);
       const bool is_of_tile = lane_ - box < boxes;
       const bool is_mapped = is_of_tile && page >= 0 && page < task_.keys.num_pages;
-      const std::uint32_t missing = __ballot_sync(~0u, is_of_tile && !is_mapped);
       ptx::Mbarrier& full = shared_.full_k[stage_.index];
       ptx::mbarrier_wait(shared_.empty_k[stage_.index], stage_.phase);
-      if (lane_ == 0) {
-        shared_.missing[stage_.index] = missing >> box;
-        ptx::mbarrier_arrive_expect(
-            full, (boxes - __popc(missing)) * box_keys * (Config::kDim + Config::kScaleBytes));
-      }
-      __syncwarp();
       if (is_mapped) {
-        const std::uint32_t row = (lane_ - box) * box_keys;
-        const std::uint32_t token = task_.keys.token_of_page(key - 32 * box_keys);
         ptx::tma_load_once(shared_.k[stage_.index] + row * Config::kDim, k_map_, full, 0,
                            static_cast<std::int32_t>(token), page);
         ptx::bulk_load_once(&shared_.scales[stage_.index][row], task_.keys.scale(page, token),
                             Config::kScaleBytes * box_keys, full);
       }
+      // The bytes may come before they are expected: this arrival is the only one.
+      const std::uint32_t missing = __ballot_sync(~0u, is_of_tile && !is_mapped);
+      if (lane_ == 0) {
+        shared_.missing[stage_.index] = missing >> box;
+        ptx::mbarrier_arrive_expect(
+            full, (boxes - __popc(missing)) * box_keys * (Config::kDim + Config::kScaleBytes));
+      }
       stage_.advance();
+      box += boxes;
     }
   }
 
-  __device__ void stage_weights() {
-    for_each_block(
-        [&](std::uint32_t slot, const BlockRows<Config>& rows, const BlockWindows<Config>& windows,
-            std::uint32_t, std::uint32_t) {
-          if (lane_ < Config::kQueries) shared_.windows[slot][lane_] = windows.window;
-          const std::int64_t first_row = rows.first_of_all(task_);
+  // Queries, their weights and windows.
+  __device__ void stage_queries(const MqaLogitsShare& share) {
+    auto slot = PipelineState<Config::kQuerySlots>::producer_start();
+    const auto free_slot = [&] { ptx::mbarrier_wait(shared_.empty_q[slot.index], slot.phase); };
+    meet();
+    const auto stage = [&](const BlockRows<Config>& rows, std::uint32_t begin, std::uint32_t end) {
+      free_slot();
+      if (lane_ == 0) {
+        ptx::tma_load(shared_.q[slot.index], q_map_, shared_.full_q[slot.index], 0, 0, rows.first,
+                      static_cast<std::int32_t>(rows.group));
+      }
+      const std::int32_t first_row = rows.first_of_all(range_);
 #pragma unroll 4
-          for (int column = lane_; column < Config::kColumns; column += 32) {
-            const int row = column / Config::kHeads;
-            const int head = column % Config::kHeads;
-            shared_.weights[slot][column] =
-                row < rows.count && head < task_.num_heads
-                    ? task_.weights[(first_row + row) * task_.weights_stride + head]
-                    : 0.0f;
-          }
-          __syncwarp();
-          if (lane_ == 0) ptx::mbarrier_arrive(shared_.full_q[slot]);
-        },
-        [&](std::uint32_t slot) { ptx::mbarrier_arrive(shared_.full_q[slot]); });
+      for (int column = lane_; column < Config::kColumns; column += 32) {
+        const int row = column / Config::kHeads;
+        const int head = column % Config::kHeads;
+        ptx::cp_async_or_zeros<sizeof(float)>(
+            ptx::shared_address(&shared_.weights[slot.index][column]),
+            task_.weights + (std::int64_t{first_row} + row) * task_.weights_stride + head,
+            row < rows.count && head < task_.num_heads);
+      }
+      ptx::cp_async_commit();
+      const KeyWindow window = window_of_lane(task_, rows, lane_);
+      if (lane_ < Config::kQueries) shared_.windows[slot.index][lane_] = window;
+      const KeyWindow common = common_of_lanes(window, lane_ < rows.count);
+      if (lane_ == 0) shared_.work[slot.index] = {first_row, rows.count, begin, end, common};
+      ptx::cp_async_wait<0>();
+      __syncwarp();
+      if (lane_ == 0) {
+        ptx::mbarrier_arrive_expect(shared_.full_q[slot.index], Config::kQueryBytes);
+      }
+      slot.advance();
+    };
+    for_each_block(share, stage);
+    free_slot();
+    if (lane_ == 0) {
+      shared_.work[slot.index] = {};
+      ptx::mbarrier_arrive(shared_.full_q[slot.index]);
+    }
   }
 
   // -inf to what no tile covers; runs of a block's columns go round the CTAs. By warps 2 and 3.
@@ -167,19 +185,19 @@ class MqaLogitsProducer {
       const std::uint32_t block = item / runs;
       const std::uint32_t begin = range_.begin + (item - block * runs) * kCleanRun;
       const std::uint32_t end = min(begin + kCleanRun, range_.columns_end);
-      const BlockRows<Config> rows(task_, range_, block);
-      const BlockWindows<Config> windows(task_, rows, lane_);
-      const BlockTiles<Config> of_block(windows.hull, range_);
+      const BlockRows<Config> rows(range_, block);
+      const KeyWindow window = window_of_lane(task_, rows, lane_);
+      const BlockUnits<Keys> units(hull_of_lanes<Keys>(window), range_);
       // What is written elsewhere: the window, or the tiles.
-      std::uint32_t skip_begin = 0, skip_end = windows.window.end - windows.window.begin;
+      std::uint32_t skip_begin = 0, skip_end = window.end - window.begin;
       if (!task_.columns_are_relative) {
-        skip_begin = of_block.first_key;
-        skip_end = skip_begin + of_block.tiles * Config::kTileKeys;
+        skip_begin = units.first_key;
+        skip_end = units.end_key();
       }
 #pragma unroll 1
       for (int i = 0; i < 2 * rows.count; ++i) {
         const std::uint32_t row_skip_end = __shfl_sync(~0u, skip_end, i / 2);
-        fill(rows.first_of_all(task_) + i / 2, i % 2 == 0 ? begin : max(row_skip_end, begin),
+        fill(rows.first_of_all(range_) + i / 2, i % 2 == 0 ? begin : max(row_skip_end, begin),
              i % 2 == 0 ? min(skip_begin, end) : end);
       }
     }
@@ -217,8 +235,8 @@ class MqaLogitsProducer {
   const MqaLogitsRange& range_;
   const CUtensorMap& q_map_;
   const CUtensorMap& k_map_;
-  Share share_;
   int lane_;
+  bool met_ = false;
   PipelineState<Config::kKeyStages> stage_ = PipelineState<Config::kKeyStages>::producer_start();
 };
 

@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which tiles a CTA of the Hopper indexer logits takes: found in the kernel, from the windows.
+// Which keys a CTA of the Hopper indexer logits takes: found in the kernel, from the windows.
+//
+// All CTAs take equally many units. A unit is kUnitKeys keys of a block of queries; in prefill a
+// block costs some more, which stand before its keys'. Nothing is copied before: chains of
+// dependent instructions are short here, and divisors known to the host.
 #pragma once
 
 #include <cstdint>
@@ -16,155 +20,183 @@ struct BlockRows {
   std::int32_t first;  // in the group
   std::int32_t count;
 
-  template <typename Keys>
-  __device__ BlockRows(const MqaTask<Keys>& task, const MqaLogitsRange& range,
-                       std::uint32_t block) {
-    group = block / range.blocks_per_group;
-    first = static_cast<std::int32_t>(block - group * range.blocks_per_group) * Config::kQueries;
-    count = min(static_cast<std::int32_t>(task.rows_per_group) - first, Config::kQueries);
+  __device__ BlockRows(const MqaLogitsRange& range, std::uint32_t block) {
+    group = range.blocks_per_group.quotient(block);
+    first = static_cast<std::int32_t>(block - group * range.blocks_per_group.divisor()) *
+            Config::kQueries;
+    count = min(range.rows_per_group - first, Config::kQueries);
   }
 
   // Among the rows of all groups, of which there are fewer than 2^31.
-  template <typename Keys>
-  __device__ std::int32_t first_of_all(const MqaTask<Keys>& task) const {
-    return static_cast<std::int32_t>(group * static_cast<std::uint32_t>(task.rows_per_group)) +
-           first;
+  __device__ std::int32_t first_of_all(const MqaLogitsRange& range) const {
+    return static_cast<std::int32_t>(group) * range.rows_per_group + first;
   }
 };
 
-// The tiles of keys that some query of a block sees.
-template <typename Config>
-struct BlockTiles {
+// The units of a block, of the hull of its windows.
+template <typename Keys>
+struct BlockUnits {
   std::uint32_t first_key;
-  std::uint32_t tiles;
+  std::uint32_t cost;  // of the block
+  std::uint32_t keys;  // of its keys
 
-  // Of the hull of the windows, {~0, 0} if all are empty.
-  __device__ BlockTiles(KeyWindow hull, const MqaLogitsRange& range) {
+  __device__ BlockUnits(KeyWindow hull, const MqaLogitsRange& range) {
     const std::uint32_t begin = max(hull.begin, range.begin);
     const std::uint32_t end = min(hull.end, range.end);
-    first_key = begin / Config::kTileKeys * Config::kTileKeys;
-    tiles = begin < end ? (end - first_key + Config::kTileKeys - 1) / Config::kTileKeys : 0;
+    first_key = begin / kUnitKeys * kUnitKeys;
+    keys = begin < end ? (end - first_key + kUnitKeys - 1) / kUnitKeys : 0;
+    cost = Keys::kMayMiss || keys == 0 ? 0 : kBlockUnits;
   }
+
+  __device__ std::uint32_t all() const { return cost + keys; }
+  // The key at which so many of all have passed.
+  __device__ std::uint32_t key_at(std::uint32_t units) const {
+    return first_key + (max(units, cost) - cost) * kUnitKeys;
+  }
+  __device__ std::uint32_t end_key() const { return first_key + keys * kUnitKeys; }
 };
 
-// A block's windows, found by a warp.
-template <typename Config>
-struct BlockWindows {
-  KeyWindow window;  // of query `lane`
-  KeyWindow common;  // keys that all of them see
-  KeyWindow hull;
-
-  template <typename Keys>
-  __device__ BlockWindows(const MqaTask<Keys>& task, const BlockRows<Config>& rows, int lane) {
-    static_assert(Config::kQueries <= 32);
-    const bool is_query = lane < rows.count;
-    if (is_query) window = task.keys.window(rows.group, rows.first + lane);
-    const bool empty = window.begin >= window.end;
-    hull.begin = __reduce_min_sync(~0u, empty ? ~0u : window.begin);
-    hull.end = __reduce_max_sync(~0u, empty ? 0u : window.end);
-    common.begin = __reduce_max_sync(~0u, is_query ? window.begin : 0u);
-    common.end = __reduce_min_sync(~0u, is_query ? window.end : ~0u);
-  }
-};
-
-// The same by one thread: only how many tiles.
+// A lane's window of a block, empty past its rows.
 template <typename Config, typename Keys>
-__device__ std::uint32_t count_tiles(const MqaTask<Keys>& task, const MqaLogitsRange& range,
-                                     std::uint32_t block) {
-  const BlockRows<Config> rows(task, range, block);
-  KeyWindow hull{~0u, 0u};
-#pragma unroll(Keys::kMayMiss ? 1 : 4)
-  for (int i = 0; i < rows.count; ++i) {
-    const KeyWindow window = task.keys.window(rows.group, rows.first + i);
-    if (window.begin >= window.end) continue;
-    hull.begin = min(hull.begin, window.begin);
-    hull.end = max(hull.end, window.end);
-  }
-  return BlockTiles<Config>(hull, range).tiles;
+__device__ KeyWindow window_of_lane(const MqaTask<Keys>& task, const BlockRows<Config>& rows,
+                                    int lane) {
+  static_assert(Config::kQueries <= 32);
+  if (lane >= rows.count) return {};
+  return task.keys.window(rows.group, rows.first + lane);
 }
 
-// This CTA's part of `total` tiles, of which all CTAs take equally many; in 32 bits, since it
-// stands before a CTA's first copy (core/split_schedule.h's flat_begin divides in 64).
+// Of what some lane's window has. Paged ones begin at 0.
+template <typename Keys>
+__device__ KeyWindow hull_of_lanes(KeyWindow window) {
+  const bool empty = window.begin >= window.end;
+  return {Keys::kMayMiss ? 0u : __reduce_min_sync(~0u, empty ? ~0u : window.begin),
+          __reduce_max_sync(~0u, empty ? 0u : window.end)};
+}
+
+// What the windows of all rows have.
+__device__ inline KeyWindow common_of_lanes(KeyWindow window, bool is_row) {
+  return {__reduce_max_sync(~0u, is_row ? window.begin : 0u),
+          __reduce_min_sync(~0u, is_row ? window.end : ~0u)};
+}
+
+// A block's hull, by one thread.
+template <typename Config, typename Keys>
+__device__ KeyWindow block_hull(const MqaTask<Keys>& task, const MqaLogitsRange& range,
+                                std::uint32_t block) {
+  const BlockRows<Config> rows(range, block);
+  return task.keys.hull(rows.group, rows.first, rows.count);
+}
+
+// This CTA's part of `total` units.
 struct Portion {
   std::uint32_t begin, count;
 
-  __device__ explicit Portion(std::uint32_t total) {
-    const std::uint32_t least = total / gridDim.x;
-    const std::uint32_t more = total - least * gridDim.x;  // CTAs that have one more
+  __device__ Portion(std::uint32_t total, const MqaLogitsRange& range) {
+    const std::uint32_t least = range.ctas.quotient(total);
+    const std::uint32_t more = total - least * range.ctas.divisor();  // CTAs that have one more
     begin = blockIdx.x * least + min(blockIdx.x, more);
     count = least + (blockIdx.x < more ? 1 : 0);
   }
 };
 
-__device__ inline std::uint32_t warp_inclusive_sum(std::uint32_t x, int lane) {
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
+// Sums of lanes up to each one, over the first `lanes`.
+__device__ inline std::uint32_t warp_inclusive_sum(std::uint32_t x, int lane,
+                                                   std::uint32_t lanes = 32) {
+#pragma unroll 1
+  for (std::uint32_t step = 1; step < lanes; step *= 2) {
     const std::uint32_t other = __shfl_up_sync(~0u, x, step);
-    if (lane >= step) x += other;
+    if (lane >= static_cast<int>(step)) x += other;
   }
   return x;
 }
 
-// Finds this CTA's share, into shared memory. By all threads.
+// The blocks that a thread counts, of which all have equally many.
+template <typename Config, typename Keys>
+class BlockSpan {
+ public:
+  __device__ BlockSpan(const MqaTask<Keys>& task, const MqaLogitsRange& range, std::uint32_t thread,
+                       std::uint32_t threads)
+      : task_(task), range_(range) {
+    const std::uint32_t each = (range.blocks + threads - 1) / threads;
+    begin_ = min(thread * each, range.blocks);
+    end_ = min(begin_ + each, range.blocks);
+#pragma unroll(Keys::kMayMiss ? 4 : 1)
+    for (std::uint32_t block = begin_; block < end_; ++block) {
+      last_ = block_hull<Config>(task, range, block);
+      units_ += BlockUnits<Keys>(last_, range).all();
+    }
+  }
+
+  __device__ std::uint32_t units() const { return units_; }
+
+  // The share of `count` units from unit `skip` of the span, which is in it, on.
+  __device__ MqaLogitsShare share(std::uint32_t skip, std::uint32_t count) const {
+#pragma unroll 1
+    for (std::uint32_t block = begin_; block + 1 < end_; ++block) {
+      const KeyWindow hull = block_hull<Config>(task_, range_, block);
+      const std::uint32_t units = BlockUnits<Keys>(hull, range_).all();
+      if (skip < units) return {block, skip, count, hull};
+      skip -= units;
+    }
+    return {end_ - 1, skip, count, last_};
+  }
+
+ private:
+  const MqaTask<Keys>& task_;
+  const MqaLogitsRange& range_;
+  std::uint32_t begin_, end_;
+  std::uint32_t units_ = 0;
+  KeyWindow last_;  // hull of the last block
+};
+
+// Up to so many blocks a warp finds the CTA's share alone.
+template <typename Keys>
+inline constexpr std::uint32_t kFewBlocks = Keys::kMayMiss ? 128 : 32;
+
+// Finds this CTA's share by a warp, for 1 to kFewBlocks blocks.
+template <typename Config, typename Keys>
+__device__ void find_share_of_few(MqaLogitsShare& share, const MqaTask<Keys>& task,
+                                  const MqaLogitsRange& range) {
+  const int lane = threadIdx.x % 32;
+  const BlockSpan<Config, Keys> span(task, range, lane, 32);
+  const std::uint32_t until = warp_inclusive_sum(span.units(), lane, range.blocks);
+  const Portion portion(__shfl_sync(~0u, until, min(range.blocks, 32u) - 1), range);
+  const std::uint32_t skip = portion.begin - (until - span.units());
+  const bool begins_here = skip < span.units();
+  if (begins_here) share = span.share(skip, portion.count);
+  if (!__any_sync(~0u, begins_here) && lane == 0) share = {};
+  __syncwarp();
+}
+
+// Finds this CTA's share by all threads.
 template <typename Config, typename Keys>
 __device__ void find_share(typename Config::SharedStorage& shared, const MqaTask<Keys>& task,
                            const MqaLogitsRange& range) {
   constexpr int kWarps = Config::kThreads / 32;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  const std::uint32_t each = (range.blocks + Config::kThreads - 1) / Config::kThreads;
-  const std::uint32_t begin = min(threadIdx.x * each, range.blocks);
-  const std::uint32_t end = min(begin + each, range.blocks);
-  std::uint32_t mine = 0;
-  for (std::uint32_t block = begin; block < end; ++block) {
-    mine += count_tiles<Config>(task, range, block);
-  }
-  std::uint32_t before = warp_inclusive_sum(mine, lane);
-  if (lane == 31) shared.warp_tiles[warp] = before;
-  if (threadIdx.x == 0) shared.share = {};
+  const BlockSpan<Config, Keys> span(task, range, threadIdx.x, Config::kThreads);
+  const std::uint32_t until = warp_inclusive_sum(span.units(), lane);
+  if (lane == 31) shared.warp_units[warp] = until;
+  if (threadIdx.x < 2) shared.shares[threadIdx.x] = {};
   __syncthreads();
-  const std::uint32_t of_warp = lane < kWarps ? shared.warp_tiles[lane] : 0;
-  const std::uint32_t total = __reduce_add_sync(~0u, of_warp);
-  before += __reduce_add_sync(~0u, lane < warp ? of_warp : 0) - mine;
-
-  const Portion portion(total);
-  if (portion.begin >= before && portion.begin < before + mine) {
-    std::uint32_t skip = portion.begin - before;
-    std::uint32_t block = begin;
-    for (; block + 1 < end; ++block) {
-      const std::uint32_t tiles = count_tiles<Config>(task, range, block);
-      if (skip < tiles) break;
-      skip -= tiles;
-    }
-    shared.share = {block, skip, portion.count};
+  const std::uint32_t of_warp = lane < kWarps ? shared.warp_units[lane] : 0;
+  const Portion portion(__reduce_add_sync(~0u, of_warp), range);
+  const std::uint32_t before_warp = __reduce_add_sync(~0u, lane < warp ? of_warp : 0);
+  const std::uint32_t skip = portion.begin - (before_warp + until - span.units());
+  if (skip < span.units()) {
+    shared.shares[0] = shared.shares[1] = span.share(skip, portion.count);
   }
 }
 
-// The same by a warp, for up to 32 blocks.
-template <typename Config, typename Keys>
-__device__ typename Config::Share find_share_of_few(const MqaTask<Keys>& task,
-                                                    const MqaLogitsRange& range) {
-  const int lane = threadIdx.x % 32;
-  const auto block = static_cast<std::uint32_t>(lane);
-  const std::uint32_t mine = block < range.blocks ? count_tiles<Config>(task, range, block) : 0;
-  const std::uint32_t until = warp_inclusive_sum(mine, lane);
-  const std::uint32_t total = __shfl_sync(~0u, until, 31);
-  const Portion portion(total);
-  const unsigned begins_here = __ballot_sync(~0u, portion.begin < until);
-  if (begins_here == 0) return {};
-  const int first = __ffs(static_cast<int>(begins_here)) - 1;
-  const std::uint32_t before = __shfl_sync(~0u, until - mine, first);
-  return {static_cast<std::uint32_t>(first), portion.begin - before, portion.count};
-}
-
-// Into L2, while the CTAs find their shares: what they look up next.
-template <typename Config>
-__device__ void prefetch_tables(const MqaTask<PagedKeys>& task, const MqaLogitsRange& range) {
+// Into L2, while the CTAs find their shares: what they look up next. By some threads of a CTA.
+__device__ inline void prefetch_tables(const MqaTask<PagedKeys>& task, const MqaLogitsRange& range,
+                                       std::uint32_t thread, std::uint32_t threads) {
   if (range.end == 0) return;
   constexpr std::uint32_t kLine = 128 / sizeof(std::int32_t);
   // Of a request.
-  const std::uint32_t lines = task.keys.page_size.quotient_of_31_bits(range.end - 1) / kLine + 1;
-  const std::uint32_t line = blockIdx.x * Config::kThreads + threadIdx.x;
+  const std::uint32_t lines = task.keys.page_size.quotient(range.end - 1) / kLine + 1;
+  const std::uint32_t line = blockIdx.x * threads + thread;
   const std::uint32_t request = line / lines;
   if (request < task.num_groups) {
     ptx::prefetch_l2(task.keys.table + request * task.keys.table_stride +
