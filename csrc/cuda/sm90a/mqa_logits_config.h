@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/common/launch_counter.h"
 #include "cuda/common/mqa_task.h"
 #include "cuda/ptx/mbarrier.cuh"
 
@@ -14,7 +15,7 @@ namespace dsa::cuda::sm90a {
 inline constexpr std::uint32_t kUnitKeys = 64;
 // What another block costs a CTA, in units: that many queries to load and, mostly, edges of
 // windows.
-inline constexpr std::uint32_t kBlockUnits = 4;
+inline constexpr std::uint32_t kBlockUnits = 2;
 
 // A CTA's part: `units` from unit `skip` of a block on, and on with the next blocks.
 struct MqaLogitsShare {
@@ -22,6 +23,12 @@ struct MqaLogitsShare {
   std::uint32_t skip;
   std::uint32_t units;
   KeyWindow hull;  // of the block's windows
+};
+
+// A block, and the units of all before it.
+struct BlockPlace {
+  std::uint32_t block;
+  std::uint32_t units;
 };
 
 // A warpgroup has kWarpgroupColumns columns of a tile. Warpgroups past kColumnGroups have the same
@@ -40,6 +47,8 @@ struct MqaLogitsConfig {
   static constexpr int kQueries = kColumns / kHeads;  // of a block
 
   static constexpr int kKeyGroups = kMathWarpgroups / kColumnGroups;
+  // Bound by bandwidth: with more columns, what pieces of work cost eats up what they gain.
+  static constexpr bool kHasTail = kColumns == 64;
   static constexpr int kProductKeys = 64;  // M of a product
   static constexpr int kProducts = kKeyGroups == 4 ? 1 : 2;
   static constexpr int kGroupKeys = kProducts * kProductKeys;  // of a warpgroup and tile
@@ -58,6 +67,7 @@ struct MqaLogitsConfig {
   static constexpr int kKeyBytes = kTileKeys * kDim;
   static constexpr int kScaleBytes = 4;
   static constexpr int kQuerySlots = 2;
+  static constexpr int kTakenSlots = 2;
   static constexpr int kKeyStages =
       std::min(8, (220 * 1024 - kQuerySlots * kQueryBytes) / (kKeyBytes + kTileKeys * kScaleBytes));
 
@@ -78,10 +88,14 @@ struct MqaLogitsConfig {
     alignas(16) float weights[kQuerySlots][kColumns];
     KeyWindow windows[kQuerySlots][kQueries];
     Work work[kQuerySlots];
-    MqaLogitsShare shares[2];  // the CTA's, for either warp that needs it
+    MqaLogitsShare shares[2];           // the CTA's, for either warp that needs it
+    std::uint32_t units;                // of all blocks
+    BlockPlace tail;                    // where the blocks' tail may be sought from
+    MqaLogitsShare taken[kTakenSlots];  // of the tail
     std::uint32_t warp_units[kThreads / 32];
     ptx::Mbarrier full_q[kQuerySlots], empty_q[kQuerySlots];
     ptx::Mbarrier full_k[kKeyStages], empty_k[kKeyStages];
+    ptx::Mbarrier full_taken[kTakenSlots], empty_taken[kTakenSlots];
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };
@@ -106,6 +120,7 @@ struct MqaLogitsRange {
   FastDivisor31 blocks_per_group;
   FastDivisor31 ctas;
   std::uint32_t columns_end;   // columns to clean end here, and begin with the keys
+  std::uint32_t counter;       // of the tail's tickets; kLaunchCounters: there is no tail
   std::int32_t box_keys_log2;  // of paged keys: of a copy, all in one page
 };
 

@@ -43,6 +43,10 @@ __device__ void initialise_barriers(typename Config::SharedStorage& shared) {
     ptx::mbarrier_init(shared.full_k[i], 1);
     ptx::mbarrier_init(shared.empty_k[i], Config::kMathWarps);
   }
+  for (int i = 0; i < Config::kTakenSlots; ++i) {
+    ptx::mbarrier_init(shared.full_taken[i], 1);
+    ptx::mbarrier_init(shared.empty_taken[i], 1);
+  }
   ptx::mbarrier_fence_init();
 }
 
@@ -72,7 +76,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (thread >= kMathThreads) {
     const int warp = (thread - kMathThreads) / 32;
     if (range.blocks <= kFewBlocks<Keys> && warp < 2) {
-      find_share_of_few<Config>(shared.shares[warp], task, range);
+      find_share_of_few<Config>(shared, warp, task, range);
     }
     ptx::set_max_registers_down<Config::kProducerRegisters>();
     MqaLogitsProducer<Config, Keys>(shared, task, range, q_map, k_map).run();

@@ -39,6 +39,7 @@ Status launch_range(const MqaTask<Keys>& task, sm90a::MqaLogitsRange range, cons
   const auto grid = static_cast<unsigned>(
       std::clamp<std::int64_t>(std::int64_t{range.blocks} * work, 1, num_sms));
   range.ctas = FastDivisor31(grid);
+  range.counter = Config::kHasTail ? launch_counter(where) : kLaunchCounters;
   return launch<sm90a::sm90a_mqa_logits_kernel<Config, Keys>>(
       name, where, dim3(grid), Config::kThreads, sizeof(typename Config::SharedStorage), range,
       task, q_map, k_map);

@@ -15,6 +15,9 @@
 
 namespace dsa::cuda::sm90a {
 
+// Of tails; a launch's is at zero before and after it.
+static __device__ std::uint32_t mqa_logits_tickets[kLaunchCounters];
+
 template <typename Config, typename Keys>
 class MqaLogitsProducer {
  public:
@@ -33,8 +36,8 @@ class MqaLogitsProducer {
   __device__ void run() {
     if (range_.blocks > kFewBlocks<Keys>) meet();
     switch (threadIdx.x / 32 % 4) {
-      case 0: copy_keys(shared_.shares[0]); break;
-      case 1: stage_queries(shared_.shares[1]); break;
+      case 0: copy_keys(); break;
+      case 1: stage_queries(); break;
       default:
         if (task_.clean) clean();
     }
@@ -42,6 +45,8 @@ class MqaLogitsProducer {
   }
 
  private:
+  using TakenSlot = PipelineState<Config::kTakenSlots>;
+
   // The CTA's first sync, after which its barriers are there: as late as a warp can have it.
   __device__ void meet() {
     if (!met_) ptx::cta_sync();
@@ -68,16 +73,53 @@ class MqaLogitsProducer {
     }
   }
 
-  __device__ void copy_keys(const MqaLogitsShare& share) {
-    for_each_block(share,
-                   [&](const BlockRows<Config>& rows, std::uint32_t begin, std::uint32_t end) {
-                     if constexpr (Keys::kMayMiss) {
-                       copy_pages(rows.group, begin, end);
-                     } else {
-                       meet();
-                       if (lane_ == 0) copy_tiles(begin, end);
-                     }
-                   });
+  __device__ void copy_keys() {
+    MqaLogitsShare share = shared_.shares[0];
+    auto slot = TakenSlot::producer_start();
+    while (true) {
+      for_each_block(share,
+                     [&](const BlockRows<Config>& rows, std::uint32_t begin, std::uint32_t end) {
+                       if constexpr (Keys::kMayMiss) {
+                         copy_pages(rows.group, begin, end);
+                       } else {
+                         meet();
+                         if (lane_ == 0) copy_tiles(begin, end);
+                       }
+                     });
+      if (!has_tail()) break;
+      meet();
+      share = take_piece();
+      ptx::mbarrier_wait(shared_.empty_taken[slot.index], slot.phase);
+      if (lane_ == 0) {
+        shared_.taken[slot.index] = share;
+        ptx::mbarrier_arrive(shared_.full_taken[slot.index]);
+      }
+      __syncwarp();
+      if (share.units == 0) break;
+      slot.advance();
+    }
+  }
+
+  __device__ bool has_tail() const {
+    return Config::kHasTail && Tail<Config>(shared_.units, range_).pieces > 0;
+  }
+
+  // Of the tail, for the CTA: empty when there are no more.
+  __device__ MqaLogitsShare take_piece() {
+    const Tail<Config> tail(shared_.units, range_);
+    // With every CTA's last, that many tickets are taken, and the counter is at zero again.
+    const std::uint32_t tickets = tail.pieces + range_.ctas.divisor();
+    std::uint32_t piece = 0;
+    if (lane_ == 0) piece = atomicInc(&mqa_logits_tickets[range_.counter], tickets - 1);
+    piece = __shfl_sync(~0u, piece, 0);
+    if (piece >= tail.pieces) return {};
+    BlockPlace from = shared_.tail;
+    const MqaLogitsShare share =
+        seek<Config>(task_, range_, from, tail.place(piece), tail.units(piece));
+    __syncwarp();
+    if (lane_ == 0) shared_.tail = from;
+    __syncwarp();
+    return share;
   }
 
   __device__ void copy_tiles(std::uint32_t begin, std::uint32_t end) {
@@ -137,7 +179,7 @@ class MqaLogitsProducer {
   }
 
   // Queries, their weights and windows.
-  __device__ void stage_queries(const MqaLogitsShare& share) {
+  __device__ void stage_queries() {
     auto slot = PipelineState<Config::kQuerySlots>::producer_start();
     const auto free_slot = [&] { ptx::mbarrier_wait(shared_.empty_q[slot.index], slot.phase); };
     meet();
@@ -169,7 +211,18 @@ class MqaLogitsProducer {
       }
       slot.advance();
     };
-    for_each_block(share, stage);
+    MqaLogitsShare share = shared_.shares[1];
+    auto taken = TakenSlot::consumer_start();
+    while (true) {
+      for_each_block(share, stage);
+      if (!has_tail()) break;
+      ptx::mbarrier_wait(shared_.full_taken[taken.index], taken.phase);
+      share = shared_.taken[taken.index];
+      __syncwarp();
+      if (lane_ == 0) ptx::mbarrier_arrive(shared_.empty_taken[taken.index]);
+      if (share.units == 0) break;
+      taken.advance();
+    }
     free_slot();
     if (lane_ == 0) {
       shared_.work[slot.index] = {};

@@ -87,15 +87,65 @@ __device__ KeyWindow block_hull(const MqaTask<Keys>& task, const MqaLogitsRange&
   return task.keys.hull(rows.group, rows.first, rows.count);
 }
 
-// This CTA's part of `total` units.
+// This CTA's part of `total` units. A small one of pages is of whole tiles, or of a half or a
+// quarter of one: what stands across requests and ends in parts of tiles has more of them.
+template <typename Config, typename Keys>
 struct Portion {
+  static constexpr std::uint32_t kTileUnits = Config::kTileKeys / kUnitKeys;
+  static constexpr std::uint32_t kSmall = 16 * kTileUnits;
+
   std::uint32_t begin, count;
 
   __device__ Portion(std::uint32_t total, const MqaLogitsRange& range) {
+    const std::uint32_t ctas = range.ctas.divisor();
     const std::uint32_t least = range.ctas.quotient(total);
-    const std::uint32_t more = total - least * range.ctas.divisor();  // CTAs that have one more
+    const std::uint32_t more = total - least * ctas;  // CTAs that have one more
     begin = blockIdx.x * least + min(blockIdx.x, more);
     count = least + (blockIdx.x < more ? 1 : 0);
+    if (Keys::kMayMiss && least < kSmall) {
+      const std::uint32_t most = least + (more > 0 ? 1 : 0);
+      std::uint32_t step = 1;
+#pragma unroll
+      for (std::uint32_t wider = 1; wider < kTileUnits; wider *= 2) {
+        if (most > wider) step = 2 * wider;
+      }
+      const std::uint32_t each = (most + step - 1) & ~(step - 1);
+      begin = min(blockIdx.x * each, total);
+      count = min(each, total - begin);
+    }
+  }
+};
+
+// The last units: CTAs take pieces of them when they have done their part, for SMs see unlike
+// bandwidth. Large ones first.
+template <typename Config>
+struct Tail {
+  static constexpr std::uint32_t kPart = 8;         // of all units
+  static constexpr std::uint32_t kLeastOfCta = 24;  // units, else there is none
+  static constexpr std::uint32_t kLarge = 32, kSmall = 8;
+  static constexpr std::uint32_t kSmallOfCta = 16;  // units in small ones
+
+  std::uint32_t begin;  // the units before it are shared out equally
+  std::uint32_t end;
+  std::uint32_t large;   // pieces
+  std::uint32_t pieces;  // large and small
+
+  __device__ Tail(std::uint32_t units, const MqaLogitsRange& range)
+      : begin(units), end(units), large(0), pieces(0) {
+    const std::uint32_t ctas = range.ctas.divisor();
+    if (!Config::kHasTail || units < ctas * kLeastOfCta || range.counter == kLaunchCounters) return;
+    const std::uint32_t tail = units / kPart;
+    begin = units - tail;
+    large = (tail - min(tail, ctas * kSmallOfCta)) / kLarge;
+    pieces = large + (tail - large * kLarge + kSmall - 1) / kSmall;
+  }
+
+  __device__ std::uint32_t place(std::uint32_t piece) const {
+    const std::uint32_t before = min(piece, large);
+    return begin + before * kLarge + (piece - before) * kSmall;
+  }
+  __device__ std::uint32_t units(std::uint32_t piece) const {
+    return piece < large ? kLarge : min(kSmall, end - place(piece));
   }
 };
 
@@ -127,6 +177,7 @@ class BlockSpan {
     }
   }
 
+  __device__ std::uint32_t begin() const { return begin_; }
   __device__ std::uint32_t units() const { return units_; }
 
   // The share of `count` units from unit `skip` of the span, which is in it, on.
@@ -155,16 +206,21 @@ inline constexpr std::uint32_t kFewBlocks = Keys::kMayMiss ? 128 : 32;
 
 // Finds this CTA's share by a warp, for 1 to kFewBlocks blocks.
 template <typename Config, typename Keys>
-__device__ void find_share_of_few(MqaLogitsShare& share, const MqaTask<Keys>& task,
-                                  const MqaLogitsRange& range) {
+__device__ void find_share_of_few(typename Config::SharedStorage& shared, int which,
+                                  const MqaTask<Keys>& task, const MqaLogitsRange& range) {
   const int lane = threadIdx.x % 32;
   const BlockSpan<Config, Keys> span(task, range, lane, 32);
   const std::uint32_t until = warp_inclusive_sum(span.units(), lane, range.blocks);
-  const Portion portion(__shfl_sync(~0u, until, min(range.blocks, 32u) - 1), range);
+  const std::uint32_t units = __shfl_sync(~0u, until, min(range.blocks, 32u) - 1);
+  const Portion<Config, Keys> portion(Tail<Config>(units, range).begin, range);
   const std::uint32_t skip = portion.begin - (until - span.units());
-  const bool begins_here = skip < span.units();
-  if (begins_here) share = span.share(skip, portion.count);
-  if (!__any_sync(~0u, begins_here) && lane == 0) share = {};
+  const bool begins_here = skip < span.units() && portion.count > 0;
+  if (begins_here) shared.shares[which] = span.share(skip, portion.count);
+  if (!__any_sync(~0u, begins_here) && lane == 0) shared.shares[which] = {};
+  if (which == 0 && lane == 0) {
+    shared.units = units;
+    shared.tail = {};
+  }
   __syncwarp();
 }
 
@@ -181,11 +237,40 @@ __device__ void find_share(typename Config::SharedStorage& shared, const MqaTask
   if (threadIdx.x < 2) shared.shares[threadIdx.x] = {};
   __syncthreads();
   const std::uint32_t of_warp = lane < kWarps ? shared.warp_units[lane] : 0;
-  const Portion portion(__reduce_add_sync(~0u, of_warp), range);
-  const std::uint32_t before_warp = __reduce_add_sync(~0u, lane < warp ? of_warp : 0);
-  const std::uint32_t skip = portion.begin - (before_warp + until - span.units());
-  if (skip < span.units()) {
-    shared.shares[0] = shared.shares[1] = span.share(skip, portion.count);
+  const std::uint32_t units = __reduce_add_sync(~0u, of_warp);
+  const std::uint32_t before =
+      __reduce_add_sync(~0u, lane < warp ? of_warp : 0) + until - span.units();
+  const Tail<Config> tail(units, range);
+  const Portion<Config, Keys> portion(tail.begin, range);
+  if (portion.begin - before < span.units() && portion.count > 0) {
+    shared.shares[0] = shared.shares[1] = span.share(portion.begin - before, portion.count);
+  }
+  if (tail.begin - before < span.units()) shared.tail = {span.begin(), before};
+  if (threadIdx.x == 0) shared.units = units;
+}
+
+// The share of `count` units from unit `place` of all, which is not before `from`, on. By a warp;
+// `from` moves on with it.
+template <typename Config, typename Keys>
+__device__ MqaLogitsShare seek(const MqaTask<Keys>& task, const MqaLogitsRange& range,
+                               BlockPlace& from, std::uint32_t place, std::uint32_t count) {
+  const int lane = threadIdx.x % 32;
+  while (true) {
+    const std::uint32_t block = from.block + lane;
+    KeyWindow hull;
+    if (block < range.blocks) hull = block_hull<Config>(task, range, block);
+    const std::uint32_t mine = BlockUnits<Keys>(hull, range).all();
+    const std::uint32_t until = from.units + warp_inclusive_sum(mine, lane);
+    const std::uint32_t skip = place - (until - mine);
+    const unsigned here = __ballot_sync(~0u, skip < mine);
+    if (here != 0) {
+      const int owner = __ffs(static_cast<int>(here)) - 1;
+      return {from.block + owner,
+              __shfl_sync(~0u, skip, owner),
+              count,
+              {__shfl_sync(~0u, hull.begin, owner), __shfl_sync(~0u, hull.end, owner)}};
+    }
+    from = {from.block + 32, __shfl_sync(~0u, until, 31)};
   }
 }
 
