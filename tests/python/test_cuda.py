@@ -6,6 +6,7 @@ The tests of every backend (test_attention.py, test_indexer.py, ...) run on CUDA
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import os
@@ -415,6 +416,39 @@ def test_paged_logits_of_long_requests(batch, next_n):
     """Requests that several CTAs share, and more requests than a CTA has threads."""
     longest = 70_000 // batch
     check_paged(paged_case(batch, next_n, 64, 128, 64, DEVICE, longest=longest, invalid_pages=True))
+
+
+@pytest.mark.usefixtures("logits_kernel")
+@pytest.mark.parametrize(("batch", "longest"), [(3, 250_000), (90, 9_000), (500, 2_000)])
+def test_paged_logits_of_a_busy_gpu(batch, longest):
+    """So many keys that CTAs take the last of them as they come to it: again and again, on two
+    streams at once, and in graphs beside them."""
+    case = paged_case(batch, 1, 64, 128, 64, DEVICE, longest=longest, invalid_pages=True)
+    expected = reference.fp8_paged_mqa_logits(*case.args())
+    outs = [torch.empty_like(expected) for _ in range(4)]
+    calls = [
+        functools.partial(dsa_ext.fp8_paged_mqa_logits, *case.args(), True, out=out) for out in outs
+    ]
+    calls[0]()
+    assert_close(outs[0], expected, LOGITS_TOLERANCE)
+    graphs = [torch.cuda.CUDAGraph() for _ in calls[2:]]
+    for graph, call in zip(graphs, calls[2:], strict=True):
+        with torch.cuda.graph(graph):
+            call()
+    runs = [*calls[:2], *(graph.replay for graph in graphs)]
+    streams = [torch.cuda.Stream() for _ in runs]
+    first = outs[0].clone()
+    for _ in range(5):
+        for out in outs:
+            out.zero_()
+        for stream, go in zip(streams, runs, strict=True):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                go()
+                go()
+        for stream in streams:
+            torch.cuda.current_stream().wait_stream(stream)
+        assert_all_same_bits(outs, [first] * len(outs))
 
 
 @pytest.mark.usefixtures("logits_kernel")

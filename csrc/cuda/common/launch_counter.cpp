@@ -29,6 +29,7 @@ std::uint32_t launch_counter(const Launch& where) {
   const auto next = [] { return given_out < kLaunchCounters ? given_out++ : kLaunchCounters; };
 
   const auto stream = static_cast<cudaStream_t>(where.stream);
+  if (stream == cudaStreamPerThread) return kLaunchCounters;  // not one stream
   auto capture = cudaStreamCaptureStatusNone;
   unsigned long long id = 0;
   cudaError_t error = cudaStreamIsCapturing(stream, &capture);

@@ -12,8 +12,8 @@ namespace dsa::cuda {
 
 inline constexpr int kMaxIndexHeads = 128;
 
-// Half-open range of keys, {0, 0} when empty. Keys are numbered below 2^31, so that a few tiles
-// more still fit.
+// Half-open range of keys, empty if it begins at its end or later. Keys are numbered below 2^31, so
+// that a few tiles more still fit.
 struct KeyWindow {
   std::uint32_t begin = 0;
   std::uint32_t end = 0;

@@ -114,7 +114,7 @@ inline constexpr std::uint32_t kCleanRun = 16384;
 
 // What of a task a launch does. Rows come in blocks of kQueries, those of a group in their own.
 struct MqaLogitsRange {
-  std::uint32_t begin, end;  // of the keys, on whole tiles
+  std::uint32_t begin, end;  // of the keys; on whole tiles, but for the last end
   std::uint32_t blocks;
   std::int32_t rows_per_group;
   FastDivisor31 blocks_per_group;

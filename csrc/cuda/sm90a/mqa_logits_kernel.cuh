@@ -14,14 +14,16 @@
 // Shared     prefill (D = 128): q 2 x 64 KiB, k 5 x 16 KiB. Decode of 64 columns: q 2 x 8 KiB,
 //            k and scales 6 x 33 KiB.
 // Barriers   full_q: warp 1's arrival and the bytes of q. full_k: warp 0's and its bytes.
-//            empty_q, empty_k: all math warps.
-// Grid       a CTA an SM; of all keys, block of queries after block, each takes an equal share.
+//            empty_q, empty_k: all math warps. full_taken, empty_taken: warps 0 and 1.
+// Grid       a CTA an SM; of all keys, block of queries after block, each takes an equal share. Of
+//            long decodes an eighth is left, and goes to the CTAs in pieces as they end.
 #pragma once
 
 #include <cuda.h>
 
 #include <cstdint>
 
+#include "cuda/ptx/ldst.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"

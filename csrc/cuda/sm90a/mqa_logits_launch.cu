@@ -39,7 +39,11 @@ Status launch_range(const MqaTask<Keys>& task, sm90a::MqaLogitsRange range, cons
   const auto grid = static_cast<unsigned>(
       std::clamp<std::int64_t>(std::int64_t{range.blocks} * work, 1, num_sms));
   range.ctas = FastDivisor31(grid);
-  range.counter = Config::kHasTail ? launch_counter(where) : kLaunchCounters;
+  const std::int64_t units =
+      std::int64_t{range.blocks} * ceil_div<std::int64_t>(range.end, sm90a::kUnitKeys);
+  const bool may_have_tail =
+      Config::kHasTail && units >= std::int64_t{grid} * sm90a::Tail<Config>::kLeastOfCta;
+  range.counter = may_have_tail ? launch_counter(where) : kLaunchCounters;
   return launch<sm90a::sm90a_mqa_logits_kernel<Config, Keys>>(
       name, where, dim3(grid), Config::kThreads, sizeof(typename Config::SharedStorage), range,
       task, q_map, k_map);
@@ -123,7 +127,11 @@ Status launch_paged(const PagedMqaLogitsParams& p) {
 }  // namespace
 
 Support sm90a_mqa_logits_takes(const MqaLogitsParams& p) {
+  constexpr std::int64_t kMostQueries = std::int64_t{1} << 30;  // units of a tile of keys fit
   if (Support shapes = mqa_shapes(p); !shapes.ok()) return shapes;
+  if (p.q.size(0) > kMostQueries) {
+    return {"up to 1073741824 queries, not " + std::to_string(p.q.size(0))};
+  }
   if (p.k.size(0) == 0) return {"at least one key"};
   if (!tensor_map_takes(p.k.data, p.k.stride(0))) return {"keys on 16 bytes, each its own"};
   if (!tensor_map_takes(p.q.data, p.q.stride(0)) || !tensor_map_takes(p.q.data, p.q.stride(1))) {

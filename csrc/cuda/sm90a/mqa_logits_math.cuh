@@ -42,6 +42,7 @@ class MqaLogitsMath {
         run_tiles(work, ceil_div(keys, Config::kTileKeys), slot.index, stage);
       } else {  // one tile, none of its keys this warpgroup's
         ptx::mbarrier_wait(shared_.full_k[stage.index], stage.phase);
+        __syncwarp();
         if (lane_ == 0) ptx::mbarrier_arrive(shared_.empty_k[stage.index]);
         stage.advance();
       }

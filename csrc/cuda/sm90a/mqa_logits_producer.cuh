@@ -9,6 +9,8 @@
 #include "core/pipeline_state.h"
 #include "cuda/common/vector.cuh"
 #include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/ldst.cuh"
+#include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/sm90a/mqa_logits_config.h"
 #include "cuda/sm90a/mqa_logits_share.cuh"
@@ -39,6 +41,7 @@ class MqaLogitsProducer {
       case 0: copy_keys(); break;
       case 1: stage_queries(); break;
       default:
+        meet();
         if (task_.clean) clean();
     }
     meet();
@@ -53,7 +56,8 @@ class MqaLogitsProducer {
     met_ = true;
   }
 
-  // Calls visit(rows, begin, end) for each block of a share, with its keys.
+  // Calls visit(rows, begin, end, seen) for each block of a share: its keys, on units, of which its
+  // queries see none from `seen` on.
   template <typename Visit>
   __device__ void for_each_block(const MqaLogitsShare& share, Visit&& visit) {
     auto [block, skip, left, hull] = share;
@@ -65,7 +69,7 @@ class MqaLogitsProducer {
       const std::uint32_t until = min(units.all(), skip + left);
       left -= until - skip;
       const std::uint32_t begin = units.key_at(skip), end = units.key_at(until);
-      if (begin < end) visit(rows, begin, end);
+      if (begin < end) visit(rows, begin, end, min(end, hull.end));
       if (left == 0) break;
       rows = BlockRows<Config>(range_, ++block);
       hull = hull_of_lanes<Keys>(window_of_lane(task_, rows, lane_));
@@ -77,19 +81,20 @@ class MqaLogitsProducer {
     MqaLogitsShare share = shared_.shares[0];
     auto slot = TakenSlot::producer_start();
     while (true) {
-      for_each_block(share,
-                     [&](const BlockRows<Config>& rows, std::uint32_t begin, std::uint32_t end) {
-                       if constexpr (Keys::kMayMiss) {
-                         copy_pages(rows.group, begin, end);
-                       } else {
-                         meet();
-                         if (lane_ == 0) copy_tiles(begin, end);
-                       }
-                     });
+      for_each_block(share, [&](const BlockRows<Config>& rows, std::uint32_t begin, std::uint32_t,
+                                std::uint32_t seen) {
+        if constexpr (Keys::kMayMiss) {
+          copy_pages(rows.group, begin, seen);
+        } else {
+          meet();
+          if (lane_ == 0) copy_tiles(begin, seen);
+        }
+      });
       if (!has_tail()) break;
       meet();
       share = take_piece();
       ptx::mbarrier_wait(shared_.empty_taken[slot.index], slot.phase);
+      __syncwarp();
       if (lane_ == 0) {
         shared_.taken[slot.index] = share;
         ptx::mbarrier_arrive(shared_.full_taken[slot.index]);
@@ -183,7 +188,8 @@ class MqaLogitsProducer {
     auto slot = PipelineState<Config::kQuerySlots>::producer_start();
     const auto free_slot = [&] { ptx::mbarrier_wait(shared_.empty_q[slot.index], slot.phase); };
     meet();
-    const auto stage = [&](const BlockRows<Config>& rows, std::uint32_t begin, std::uint32_t end) {
+    const auto stage = [&](const BlockRows<Config>& rows, std::uint32_t begin, std::uint32_t end,
+                           std::uint32_t) {
       free_slot();
       if (lane_ == 0) {
         ptx::tma_load(shared_.q[slot.index], q_map_, shared_.full_q[slot.index], 0, 0, rows.first,

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which keys a CTA of the Hopper indexer logits takes: found in the kernel, from the windows.
 //
-// All CTAs take equally many units. A unit is kUnitKeys keys of a block of queries; in prefill a
-// block costs some more, which stand before its keys'. Nothing is copied before: chains of
-// dependent instructions are short here, and divisors known to the host.
+// CTAs have equally many units, but for the tail. A unit is kUnitKeys keys of a block of queries;
+// in prefill a block costs some more, which stand before its keys'. Nothing is copied before:
+// chains of dependent instructions are short here, and divisors known to the host.
 #pragma once
 
 #include <cstdint>
