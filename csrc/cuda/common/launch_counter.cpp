@@ -41,9 +41,12 @@ std::uint32_t launch_counter(const Launch& where) {
   }
   const std::lock_guard lock(mutex);
   if (is_captured) return next();
-  const auto [known, is_new] = of_streams.try_emplace({where.device.index, id}, kLaunchCounters);
-  if (is_new) known->second = next();
-  return known->second;
+  const std::pair stream_of_device(where.device.index, id);
+  const auto known = of_streams.find(stream_of_device);
+  if (known != of_streams.end()) return known->second;
+  const std::uint32_t counter = next();
+  if (counter < kLaunchCounters) of_streams.emplace(stream_of_device, counter);
+  return counter;
 }
 
 }  // namespace dsa::cuda
