@@ -12,10 +12,10 @@ namespace dsa::cuda {
 // at zero.
 inline constexpr std::uint32_t kLaunchCounters = 1u << 16;
 
-// The index of a counter that no other launch has at the same time, kLaunchCounters when all are
-// given out. Launches on a stream come one after another and have the same; a captured launch has
-// one for itself, since its graph runs on any stream: of several instances of one captured graph,
-// only one may run at a time.
+// The index of a counter that no other launch has at the same time, kLaunchCounters when there is
+// none for this one: all are given out, or its stream is not known. Launches on a stream come one
+// after another and have the same; a captured launch has one for itself, since its graph runs on
+// any stream: of several instances of one captured graph, only one may run at a time.
 std::uint32_t launch_counter(const Launch& where);
 
 }  // namespace dsa::cuda
