@@ -10,13 +10,17 @@
 namespace dsa {
 
 DSA_HOST_DEVICE constexpr std::uint32_t ordered_key(float score) {
-  const std::uint32_t bits = float_to_bits(score);
+  const std::uint32_t bits = float_to_bits(score + 0.0f);  // -0.0 becomes +0.0
   // Negative values: flip all bits, since a larger magnitude is lower. Others: set the top bit.
   // Without a branch, which the signs of scores would make unpredictable.
   const std::uint32_t all_if_negative = 0u - (bits >> 31);
   const std::uint32_t key = bits ^ (all_if_negative | kF32SignBit);
-  const std::uint32_t zero_merged = key + (bits == kF32SignBit ? 1u : 0u);
-  return (bits & kF32AbsMask) > kF32InfBits ? 0u : zero_merged;
+  return (bits & kF32AbsMask) > kF32InfBits ? 0u : key;
+}
+
+// Of a key other than NaN's. Keys between two scores' give scores between them, or NaN past +inf.
+DSA_HOST_DEVICE constexpr float float_of_ordered_key(std::uint32_t key) {
+  return float_from_bits(key >= kF32SignBit ? key ^ kF32SignBit : ~key);
 }
 
 }  // namespace dsa

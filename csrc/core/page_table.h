@@ -36,8 +36,14 @@ struct PageTableRow {
   // page * page_size + offset of the token, or -1 when it is not mapped.
   DSA_HOST_DEVICE std::int64_t slot(std::int64_t token) const {
     if (token < 0) return kInvalidSlot;
-    const std::int64_t cache_page = page(token / page_size);
-    return cache_page < 0 ? kInvalidSlot : cache_page * page_size + token % page_size;
+    // A GPU divides 32 bits in a fifth of the time.
+    const bool is_small = ((token | page_size) >> 32) == 0;
+    const std::int64_t index = is_small ? static_cast<std::int64_t>(
+                                              static_cast<std::uint32_t>(token) /
+                                              static_cast<std::uint32_t>(page_size))
+                                        : token / page_size;
+    const std::int64_t cache_page = page(index);
+    return cache_page < 0 ? kInvalidSlot : cache_page * page_size + (token - index * page_size);
   }
 };
 

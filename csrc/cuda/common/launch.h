@@ -34,26 +34,93 @@ inline Status to_status(cudaError_t error, const char* what) {
   return Status::internal(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+// Lets a kernel have so many bytes of dynamic shared memory on a device.
+template <auto kKernel>
+Status allow_shared_bytes(const char* name, Device device, std::size_t bytes) {
+  if (bytes <= kDefaultSharedBytes) return {};
+  // Once a device is enough; a kernel always asks for the same or less than its first maximum.
+  static std::atomic<std::size_t> opted_in[kMaxDevices] = {};
+  std::atomic<std::size_t>& most = opted_in[device.index % kMaxDevices];
+  if (most.load(std::memory_order_relaxed) >= bytes) return {};
+  const Status status = to_status(
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(bytes)),
+      name);
+  if (status.ok()) most.store(bytes, std::memory_order_relaxed);
+  return status;
+}
+
 // kKernel<<<grid, threads, shared_bytes, launch.stream>>>(args...). An empty grid is no launch.
 template <auto kKernel, typename... Args>
 Status launch(const char* name, const Launch& where, dim3 grid, int threads,
               std::size_t shared_bytes, const Args&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return {};
-  if (shared_bytes > kDefaultSharedBytes) {
-    // Once a device is enough; a kernel always asks for the same or less than its first maximum.
-    static std::atomic<std::size_t> opted_in[kMaxDevices] = {};
-    std::atomic<std::size_t>& most = opted_in[where.device.index % kMaxDevices];
-    if (most.load(std::memory_order_relaxed) < shared_bytes) {
-      Status status =
-          to_status(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         static_cast<int>(shared_bytes)),
-                    name);
-      if (!status.ok()) return status;
-      most.store(shared_bytes, std::memory_order_relaxed);
-    }
-  }
+  const Status allowed = allow_shared_bytes<kKernel>(name, where.device, shared_bytes);
+  if (!allowed.ok()) return allowed;
   kKernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(where.stream)>>>(args...);
   return to_status(cudaGetLastError(), name);
+}
+
+inline constexpr int kMaxCluster = 16;
+
+// A launch in clusters of `cluster` CTAs, of which the grid is a multiple.
+struct ClusterLaunch {
+  dim3 grid;
+  int cluster;
+  int threads;
+  std::size_t shared_bytes;
+};
+
+// Calls use(config) with what the runtime wants to know.
+template <auto kKernel, typename Use>
+Status with_config(const char* name, const Launch& where, const ClusterLaunch& shape, Use&& use) {
+  constexpr int kPortableSize = 8;  // more are not there on every GPU that has clusters
+  const Status allowed = allow_shared_bytes<kKernel>(name, where.device, shape.shared_bytes);
+  if (!allowed.ok()) return allowed;
+  if (shape.cluster > kPortableSize) {
+    const Status larger = to_status(
+        cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name);
+    if (!larger.ok()) return larger;
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.grid;
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(where.stream);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return to_status(use(config), name);
+}
+
+template <auto kKernel, typename... Args>
+Status launch_clusters(const char* name, const Launch& where, const ClusterLaunch& shape,
+                       const Args&... args) {
+  if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return {};
+  return with_config<kKernel>(name, where, shape, [&](const cudaLaunchConfig_t& config) {
+    return cudaLaunchKernelEx(&config, kKernel, args...);
+  });
+}
+
+// How many clusters a device runs at a time, 0 if it cannot be asked. Asked once a size: with other
+// shared memory, for a kernel that has an SM to itself, it is the same.
+template <auto kKernel>
+int clusters_at_once(const char* name, const Launch& where, const ClusterLaunch& shape) {
+  static std::atomic<int> known[kMaxDevices][kMaxCluster + 1] = {};  // and one
+  std::atomic<int>& entry = known[where.device.index % kMaxDevices][shape.cluster];
+  int plus_one = entry.load(std::memory_order_relaxed);
+  if (plus_one == 0) {
+    int count = 0;
+    const Status status =
+        with_config<kKernel>(name, where, shape, [&](const cudaLaunchConfig_t& config) {
+          return cudaOccupancyMaxActiveClusters(&count, kKernel, &config);
+        });
+    plus_one = (status.ok() ? count : 0) + 1;
+    entry.store(plus_one, std::memory_order_relaxed);
+  }
+  return plus_one - 1;
 }
 
 }  // namespace dsa::cuda

@@ -18,6 +18,10 @@
 namespace dsa::cuda {
 namespace {
 
+Status select_rows(const TopkSelectParams& p) {
+  return topk_select_stream_takes(p).ok() ? topk_select_stream(p) : topk_select(p);
+}
+
 constexpr int kThreads = 256;
 constexpr std::int64_t kItemBytes = 4;  // of a score, and of a row's end
 constexpr std::int64_t kMostItems = kMaxWorkspaceBytes / kItemBytes;
@@ -159,7 +163,7 @@ Status mqa_topk(const MqaTopkParams& p) {
     select.indices = slice(p.indices, first, rows);
     select.out_scores = slice(p.scores, first, rows);
     select.launch = p.launch;
-    if (Status status = topk_select(select); !status.ok()) return status;
+    if (Status status = select_rows(select); !status.ok()) return status;
   }
   return {};
 }
@@ -211,7 +215,7 @@ Status paged_mqa_topk(const PagedMqaTopkParams& p) {
     select.indices = slice(p.indices, first_row, rows);
     select.out_scores = slice(p.scores, first_row, rows);
     select.launch = p.launch;
-    if (Status status = topk_select(select); !status.ok()) return status;
+    if (Status status = select_rows(select); !status.ok()) return status;
 
     if (!p.return_slots) continue;
     const PageTable table = {step.block_table, p.kv_cache.size(1), p.kv_cache.size(0)};

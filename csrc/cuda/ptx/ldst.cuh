@@ -11,13 +11,18 @@ __device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// The same place, its address a value to the compiler. From the start of a CTA's shared memory it
-// would find every address anew, in loops too.
-template <typename T>
-__device__ __forceinline__ T& pinned_in_shared(void* pointer) {
+// The address as a value to the compiler. From the start of a CTA's shared memory it would find every
+// address anew, in loops too.
+__device__ __forceinline__ std::uint32_t pinned_shared_address(const void* pointer) {
   std::uint32_t address = shared_address(pointer);
   asm volatile("" : "+r"(address));
-  return *reinterpret_cast<T*>(__cvta_shared_to_generic(address));
+  return address;
+}
+
+// The same place, at such an address.
+template <typename T>
+__device__ __forceinline__ T& pinned_in_shared(void* pointer) {
+  return *static_cast<T*>(__cvta_shared_to_generic(pinned_shared_address(pointer)));
 }
 
 // Four 8 x 8 matrices of 16-bit elements: lanes 8i..8i+7 give the addresses of matrix i's rows (16
@@ -35,6 +40,23 @@ __device__ __forceinline__ void ldmatrix_x4_trans(std::uint32_t (&r)[4], std::ui
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
                : "memory");
+}
+
+// If `bit` is not 0, stores two words to shared memory and moves the address on past them. Without a
+// branch, and in place.
+__device__ __forceinline__ void append_if(std::uint32_t bit, std::uint32_t& address,
+                                          std::uint32_t x, std::uint32_t y) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.u32 p, %1, 0;\n"
+      "@p st.shared.u32 [%0], %2;\n"
+      "@p st.shared.u32 [%0 + 4], %3;\n"
+      "@p add.u32 %0, %0, 8;\n"
+      "}"
+      : "+r"(address)
+      : "r"(bit), "r"(x), "r"(y)
+      : "memory");
 }
 
 __device__ __forceinline__ void prefetch_l2(const void* global) {

@@ -3,6 +3,8 @@
 // the scores of that type apart. No score has the key 0, which stands for "nothing here".
 #pragma once
 
+#include <cuda_fp16.h>
+
 #include <algorithm>
 #include <cstdint>
 
@@ -16,12 +18,14 @@ struct F32Score {
   using Bits = std::uint32_t;
   static constexpr int kKeyBits = 32;
   static __device__ float to_float(Bits bits) { return float_from_bits(bits); }
+  static __device__ float ranked(Bits bits) { return to_float(bits); }
 };
 
 struct Bf16Score {
   using Bits = std::uint16_t;
   static constexpr int kKeyBits = 16;
   static __device__ float to_float(Bits bits) { return bf16_to_float(bits); }
+  static __device__ float ranked(Bits bits) { return to_float(bits); }
 };
 
 // Widened to fp32, f16 fills the sign, the exponent and the upper 10 bits of the mantissa.
@@ -29,6 +33,8 @@ struct F16Score {
   using Bits = std::uint16_t;
   static constexpr int kKeyBits = 1 + 8 + 10;
   static __device__ float to_float(Bits bits) { return f16_to_float(bits); }
+  // Of a NaN, another one perhaps.
+  static __device__ float ranked(Bits bits) { return __half2float(__ushort_as_half(bits)); }
 };
 
 // NaN, lowest of all, would be 0; it becomes 1, which is still below -inf in each type.
@@ -36,7 +42,7 @@ template <typename Score>
 __device__ std::uint32_t score_key(typename Score::Bits bits) {
   constexpr std::uint32_t kMinusInf = ordered_key(float_from_bits(kF32SignBit | kF32InfBits));
   static_assert(kMinusInf >> (32 - Score::kKeyBits) > 1u);
-  return std::max(ordered_key(Score::to_float(bits)) >> (32 - Score::kKeyBits), 1u);
+  return std::max(ordered_key(Score::ranked(bits)) >> (32 - Score::kKeyBits), 1u);
 }
 
 }  // namespace dsa::cuda::topk

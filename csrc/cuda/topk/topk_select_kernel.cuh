@@ -14,10 +14,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 
-#include "core/page_table.h"
 #include "cuda/common/launch.h"
+#include "cuda/topk/output_row.cuh"
 #include "cuda/topk/radix_select.cuh"
 #include "cuda/topk/score_key.cuh"
 #include "dsa/params.h"
@@ -80,8 +79,6 @@ class ScoreWindow {
     }
   }
 
-  __device__ float score(std::int64_t column) const { return Score::to_float(*at(column)); }
-
  private:
   static constexpr int kChunk = kThreads * kPerThread;
 
@@ -129,51 +126,28 @@ class ScoreWindow {
   int lead_ = 0;
 };
 
-// An optional i32 [R].
-__device__ inline std::int64_t value_or(const TensorView& values, std::int64_t row,
-                                        std::int64_t otherwise) {
-  return values.defined() ? values.ptr<const std::int32_t>()[row * values.stride(0)] : otherwise;
-}
-
 template <typename Window>
 __device__ Window window_of(const TopkSelectParams& params, std::int64_t row) {
   const TensorView& scores = params.scores;  // [R, N], N < 2^31
-  const std::int64_t begin = std::max<std::int64_t>(value_or(params.row_starts, row, 0), 0);
-  const std::int64_t end = std::min(value_or(params.row_ends, row, scores.size(1)), scores.size(1));
+  const RowWindow window(params, row);
   return Window(scores.ptr<const typename Window::Bits>() + row * scores.stride(0),
-                scores.stride(1), static_cast<int>(begin), static_cast<int>(std::max(begin, end)));
+                scores.stride(1), window.begin, window.end);
 }
 
 // Turns the selected columns in `indices` into what the caller asked for, in place, and pads the
 // row. Of a window that is selected whole, nothing has been written yet. Asks for the window anew:
 // held through the selection, it would cost registers.
-template <typename Window>
+template <typename Score>
 __device__ void write_row(const TopkSelectParams& params, std::int64_t row) {
-  const auto window = window_of<Window>(params, row);
-  const bool as_slots = params.block_table.defined();
-  const std::int64_t base = value_or(params.index_base, row, params.index_base_scalar);
-  PageTableRow pages;
-  if (as_slots) {
-    const RequestOfRow request_of_row{params.row_to_request, params.scores.size(0),
-                                      params.block_table.size(0)};
-    pages = PageTable{params.block_table, params.page_size}.row(request_of_row(row));
-  }
-  std::int32_t* indices = params.indices.ptr<std::int32_t>() + row * params.indices.stride(0);
-  float* scores = params.out_scores.defined()
-                      ? params.out_scores.ptr<float>() + row * params.out_scores.stride(0)
-                      : nullptr;
-
+  const RowWindow window(params, row);
+  const OutputRow<Score> out(params, row);
   const bool whole = window.size() <= params.topk;
   for (std::int64_t i = threadIdx.x; i < params.topk; i += kThreads) {
-    if (i >= window.size()) {
-      indices[i] = static_cast<std::int32_t>(kInvalidSlot);
-      if (scores != nullptr) scores[i] = -std::numeric_limits<float>::infinity();
-      continue;
+    if (i < window.size()) {
+      out.write(i, whole ? window.begin + i : out.indices()[i]);
+    } else {
+      out.pad(i);
     }
-    const std::int64_t column = whole ? window.begin() + i : indices[i];
-    const std::int64_t index = as_slots ? pages.slot(base + column) : base + column;
-    indices[i] = narrow_or_invalid(index);
-    if (scores != nullptr) scores[i] = window.score(column);
   }
 }
 
@@ -195,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                     });
       __syncthreads();
     }
-    write_row<Window>(params, row);
+    write_row<Score>(params, row);
   }
 }
 
