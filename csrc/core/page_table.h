@@ -19,6 +19,12 @@ DSA_HOST_DEVICE inline std::int32_t narrow_or_invalid(std::int64_t index) {
   return narrow == index ? narrow : static_cast<std::int32_t>(kInvalidSlot);
 }
 
+// a / b, of numbers from 0 on; b > 0. A GPU divides 32 bits in a fifth of the time.
+DSA_HOST_DEVICE inline std::int64_t quotient(std::int64_t a, std::int64_t b) {
+  if (((a | b) >> 32) != 0) return a / b;
+  return static_cast<std::uint32_t>(a) / static_cast<std::uint32_t>(b);
+}
+
 // One request's row of a block table.
 struct PageTableRow {
   const std::int32_t* entries = nullptr;
@@ -36,12 +42,7 @@ struct PageTableRow {
   // page * page_size + offset of the token, or -1 when it is not mapped.
   DSA_HOST_DEVICE std::int64_t slot(std::int64_t token) const {
     if (token < 0) return kInvalidSlot;
-    // A GPU divides 32 bits in a fifth of the time.
-    const bool is_small = ((token | page_size) >> 32) == 0;
-    const std::int64_t index = is_small ? static_cast<std::int64_t>(
-                                              static_cast<std::uint32_t>(token) /
-                                              static_cast<std::uint32_t>(page_size))
-                                        : token / page_size;
+    const std::int64_t index = quotient(token, page_size);
     const std::int64_t cache_page = page(index);
     return cache_page < 0 ? kInvalidSlot : cache_page * page_size + (token - index * page_size);
   }
@@ -72,8 +73,8 @@ struct RequestOfRow {
     if (row_to_request.defined()) {
       return row_to_request.ptr<const std::int32_t>()[row * row_to_request.stride(0)];
     }
-    const std::int64_t rows_per_request = num_requests > 0 ? num_rows / num_requests : 0;
-    return rows_per_request > 0 ? row / rows_per_request : -1;
+    const std::int64_t rows_per_request = num_requests > 0 ? quotient(num_rows, num_requests) : 0;
+    return rows_per_request > 0 ? quotient(row, rows_per_request) : -1;
   }
 };
 

@@ -10,6 +10,7 @@ import functools
 import gc
 import itertools
 import os
+import random
 
 import pytest
 import torch
@@ -517,6 +518,78 @@ def test_selection_from_long_rows(rows, columns, kind):
         indices, kept = dsa_ext.topk_select(scores, k, return_scores=True)
         assert_same_bits(indices.cpu(), order[:, :k].sort(dim=-1).values)
         assert_equal_values(kept, scores.gather(1, indices.long()))
+
+
+def misleading_rows(kind, rows, columns):
+    """Rows that a sample, or the order of their columns, says little about."""
+    scores = torch.rand(rows, columns)
+    column = torch.arange(columns)
+    if kind == "rising":
+        scores += column
+    elif kind == "falling":
+        scores -= column
+    elif kind == "block":
+        start = int(torch.randint(0, columns, ()))
+        scores[:, start : start + columns // 8] += 10.0
+    elif kind == "comb":  # Every eighth 16 or 64 bytes, as samples are spread.
+        tooth = int(torch.randint(2, 5, ()))
+        scores = torch.where((column >> tooth) % 8 == 0, scores + 10.0, scores)
+    elif kind == "steps":
+        scores = (scores * 5).floor()
+    return scores.to(DEVICE)
+
+
+def selected(scores, k, starts, ends):
+    """What topk_select returns, by a stable sort."""
+    columns = scores.shape[1]
+    column = torch.arange(columns, device=DEVICE)
+    begin = starts.clamp(0, columns)[:, None]
+    end = ends.clamp(0, columns)[:, None]
+    key = scores.double()
+    key = key.masked_fill(torch.isneginf(key), -1e300).nan_to_num(-1e301, INF, -1e301)
+    key = key.masked_fill((column < begin) | (column >= end), -INF)
+    order = key.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    rank = torch.arange(order.shape[1], device=DEVICE)
+    order = order.masked_fill(rank >= (end - begin).clamp(min=0), columns).sort(dim=-1).values
+    order = order.masked_fill(order == columns, -1)
+    return int32(torch.nn.functional.pad(order, (0, k - order.shape[1]), value=-1), DEVICE)
+
+
+LONG_KINDS = ("random", "equal", "narrow", "zeros", "odd", "mostly nan")
+MISLEADING_KINDS = ("rising", "falling", "block", "comb", "steps")
+
+
+@pytest.mark.parametrize("kind", [*LONG_KINDS, *MISLEADING_KINDS])
+def test_selection_campaign(kind):
+    """Some 200 selections of each kind of rows: few and many, short and long, at any alignment."""
+    pick = random.Random(kind)
+    make_rows = long_rows if kind in LONG_KINDS else misleading_rows
+    for _ in range(200):
+        rows = pick.choice((1, 2, 5, 9, 33, 140))
+        columns = int(2 ** pick.uniform(0, 17 if rows < 5 else 15))
+        k = min(int(2 ** pick.uniform(0, 13.01)), 8192)
+        shift = pick.randint(0, 7)
+        scores = make_rows(kind, rows, columns).to(pick.choice((FP32, BF16, torch.float16)))
+        memory = torch.zeros(rows * columns + shift, dtype=scores.dtype, device=DEVICE)
+        scores = memory[shift:].view(rows, columns).copy_(scores)
+        starts = torch.zeros(rows, dtype=INT32, device=DEVICE)
+        ends = torch.full_like(starts, columns)
+        if pick.random() < 0.5:
+            starts = torch.randint_like(starts, -2, columns // 4 + 1)
+            ends = torch.randint_like(starts, columns // 2, columns + 3)
+        got = dsa_ext.topk_select(scores, k, starts, ends)
+        assert_same_bits(got, selected(scores, k, starts, ends))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 8192), (3, 131072), (40, 70_000), (300, 20_000)])
+def test_selection_is_the_same_in_every_run_and_batch(rows, columns):
+    scores = long_rows("zeros", rows, columns)
+    first = dsa_ext.topk_select(scores, 2048)
+    for _ in range(20):
+        assert_same_bits(dsa_ext.topk_select(scores, 2048), first)
+    order = torch.randperm(rows, device=DEVICE)
+    assert_same_bits(dsa_ext.topk_select(scores[order], 2048), first[order])
+    assert_same_bits(dsa_ext.topk_select(scores[-1:], 2048), first[-1:])
 
 
 # ---- more than 2^31 elements ---------------------------------------------------------------------

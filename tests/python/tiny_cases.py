@@ -293,7 +293,7 @@ def _scores(s: Sizes, rows: int, columns: int) -> Tensor:
 
 def topk_select(s: Sizes) -> Case:
     requests, per_request = s(3), s.small(3)
-    R, N, P = requests * per_request, s.of(s(30), s.small(700)), s(4)
+    R, N, P = requests * per_request, s.of(s(30), s.small(700), s.small(20_000)), s(4)
     refill = {}
     for name in ("row_starts", "row_ends"):
         if s.maybe():

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <string>
 
 #include "cuda/common/device_info.h"
@@ -34,19 +35,21 @@ inline Status to_status(cudaError_t error, const char* what) {
   return Status::internal(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Lets a kernel have so many bytes of dynamic shared memory on a device.
+// Lets a kernel have so many bytes of dynamic shared memory on a device, or more.
 template <auto kKernel>
 Status allow_shared_bytes(const char* name, Device device, std::size_t bytes) {
   if (bytes <= kDefaultSharedBytes) return {};
-  // Once a device is enough; a kernel always asks for the same or less than its first maximum.
   static std::atomic<std::size_t> opted_in[kMaxDevices] = {};
+  static std::mutex mutex;
   std::atomic<std::size_t>& most = opted_in[device.index % kMaxDevices];
+  if (most.load(std::memory_order_acquire) >= bytes) return {};
+  const std::lock_guard lock(mutex);  // a thread that wants less must not set it after this one
   if (most.load(std::memory_order_relaxed) >= bytes) return {};
-  const Status status = to_status(
-      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(bytes)),
-      name);
-  if (status.ok()) most.store(bytes, std::memory_order_relaxed);
+  const Status status =
+      to_status(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     static_cast<int>(bytes)),
+                name);
+  if (status.ok()) most.store(bytes, std::memory_order_release);
   return status;
 }
 
@@ -104,23 +107,27 @@ Status launch_clusters(const char* name, const Launch& where, const ClusterLaunc
   });
 }
 
-// How many clusters a device runs at a time, 0 if it cannot be asked. Asked once a size: with other
-// shared memory, for a kernel that has an SM to itself, it is the same.
+// How many clusters a device runs at a time; 0 if it cannot tell, or if its code of the kernel
+// comes from PTX without clusters. Asked once a size: with other shared memory, for a kernel that
+// has an SM to itself, it is the same.
 template <auto kKernel>
 int clusters_at_once(const char* name, const Launch& where, const ClusterLaunch& shape) {
+  constexpr int kFirstWithClusters = 90;
   static std::atomic<int> known[kMaxDevices][kMaxCluster + 1] = {};  // and one
   std::atomic<int>& entry = known[where.device.index % kMaxDevices][shape.cluster];
-  int plus_one = entry.load(std::memory_order_relaxed);
-  if (plus_one == 0) {
-    int count = 0;
-    const Status status =
-        with_config<kKernel>(name, where, shape, [&](const cudaLaunchConfig_t& config) {
-          return cudaOccupancyMaxActiveClusters(&count, kKernel, &config);
-        });
-    plus_one = (status.ok() ? count : 0) + 1;
-    entry.store(plus_one, std::memory_order_relaxed);
-  }
-  return plus_one - 1;
+  const int plus_one = entry.load(std::memory_order_relaxed);
+  if (plus_one > 0) return plus_one - 1;
+  int count = 0;
+  const Status status =
+      with_config<kKernel>(name, where, shape, [&](const cudaLaunchConfig_t& config) {
+        cudaFuncAttributes code{};
+        const cudaError_t error = cudaFuncGetAttributes(&code, kKernel);
+        if (error != cudaSuccess || code.ptxVersion < kFirstWithClusters) return error;
+        return cudaOccupancyMaxActiveClusters(&count, kKernel, &config);
+      });
+  if (!status.ok()) return 0;
+  entry.store(count + 1, std::memory_order_relaxed);
+  return count;
 }
 
 }  // namespace dsa::cuda

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Clusters of CTAs (SM90). PTX ISA, "Special Registers: %cluster_ctarank" and others, "barrier.cluster" and
-// "mapa". Compiled for older GPUs, where nobody launches clusters, they trap.
+// Clusters of CTAs (SM90). PTX ISA, "Special Registers: %cluster_ctarank" and others,
+// "barrier.cluster" and "mapa". Compiled for older GPUs, where nobody launches clusters, they trap.
 #pragma once
 
 #include <cstdint>
@@ -31,10 +31,10 @@ __device__ __forceinline__ std::uint32_t cluster_index() {
 // All threads of all CTAs arrive, each once, then wait. What one wrote before it arrived, in its
 // own or in another's shared memory, all see after they waited.
 __device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() {
-  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait;" ::: "memory");
 }
 
 // The same variable of this CTA's shared memory in another CTA, which must have begun.

@@ -11,8 +11,8 @@ __device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// The address as a value to the compiler. From the start of a CTA's shared memory it would find every
-// address anew, in loops too.
+// The address as a value to the compiler. From the start of a CTA's shared memory it would find
+// every address anew, in loops too.
 __device__ __forceinline__ std::uint32_t pinned_shared_address(const void* pointer) {
   std::uint32_t address = shared_address(pointer);
   asm volatile("" : "+r"(address));
@@ -42,8 +42,8 @@ __device__ __forceinline__ void ldmatrix_x4_trans(std::uint32_t (&r)[4], std::ui
                : "memory");
 }
 
-// If `bit` is not 0, stores two words to shared memory and moves the address on past them. Without a
-// branch, and in place.
+// If `bit` is not 0, stores two words to shared memory and moves the address on past them. Without
+// a branch, and in place.
 __device__ __forceinline__ void append_if(std::uint32_t bit, std::uint32_t& address,
                                           std::uint32_t x, std::uint32_t y) {
   asm volatile(
@@ -59,6 +59,9 @@ __device__ __forceinline__ void append_if(std::uint32_t bit, std::uint32_t& addr
       : "memory");
 }
 
+__device__ __forceinline__ void prefetch_l1(const void* global) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(__cvta_generic_to_global(global)));
+}
 __device__ __forceinline__ void prefetch_l2(const void* global) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(global)));
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Candidates for the k largest of a row: (key, column) in shared memory, in column order, and the key
-// below which nothing can be one any more. All threads of a CTA call each function, with equal
+// Candidates for the k largest of a row: (key, column) in shared memory, in column order, and the
+// key below which nothing can be one any more. All threads of a CTA call each function, with equal
 // arguments.
 #pragma once
 
@@ -82,7 +82,7 @@ class Candidates {
   // A barrier. Sums a value of each warp, which its last lane has.
   __device__ Sum sum_over_warps(std::uint32_t warp_total) {
     // Two buffers in turn: the next sum's barrier stands between these reads and a rewrite.
-    std::uint32_t(&totals)[kWarps] = shared().warp_totals[turn_];
+    std::uint32_t (&totals)[kWarps] = shared().warp_totals[turn_];
     turn_ ^= 1;
     const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
     if (lane == kLanes - 1) totals[warp] = warp_total;
@@ -98,7 +98,12 @@ class Candidates {
   __device__ std::uint32_t address_of(std::uint32_t i) const {
     return address_ + static_cast<std::uint32_t>(offsetof(Shared, items)) + i * sizeof(Item);
   }
-  __device__ void grow(std::uint32_t more) { count_ += more; }
+  // By those put after the last. Once there are k, what comes later and only equals the least of
+  // them is no candidate.
+  __device__ void grow(std::uint32_t more, std::uint32_t k) {
+    if (count_ < k && count_ + more >= k) ++at_least_;
+    count_ += more;
+  }
   __device__ void clear() {
     count_ = 0;
     at_least_ = 0;
@@ -112,8 +117,8 @@ class Candidates {
     at_least_ = guessed(*this, sample, rank);
   }
 
-  // Keeps the k largest. Items put before a barrier; ends without one. A call, so that its registers
-  // are not taken from the loop over the scores.
+  // Keeps the k largest. Items put before a barrier; ends without one. A call, so that its
+  // registers are not taken from the loop over the scores.
   __device__ void keep(std::uint32_t k) { *this = kept(*this, k); }
   // Tells all CTAs of the cluster what this one has; returns how many candidates there are. Between
   // two reports is a barrier of the cluster.
@@ -128,8 +133,8 @@ class Candidates {
     return all;
   }
 
-  // By the first CTA: keeps the k largest of the cluster's, as they were reported. There is room for
-  // all, or for k and then for any one CTA's. Meanwhile the others stay as they are.
+  // By the first CTA: keeps the k largest of the cluster's, as they were reported. There is room
+  // for all, or for k and then for any one CTA's. Meanwhile the others stay as they are.
   __device__ void keep_of_cluster(std::uint32_t k, std::uint32_t room) {
     const std::uint32_t size = ptx::cluster_size();
     const auto wanted = [&](std::uint32_t r) {
@@ -179,8 +184,8 @@ class Candidates {
 
   static __device__ __noinline__ Candidates kept(Candidates all, std::uint32_t k) {
     const Range range = {all.lowest(), all.largest_key()};
-    const Threshold threshold = all.find_threshold(
-        range, k, 0, [&](auto&& visit) { all.for_each_key(visit); });
+    const Threshold threshold =
+        all.find_threshold(range, k, 0, [&](auto&& visit) { all.for_each_key(visit); });
     if (threshold.num_ties > 0) {
       all.template compact<true>(threshold);
     } else {
@@ -243,9 +248,9 @@ class Candidates {
     return largest_of_threads(largest);
   }
 
-  // Digit after digit of key - lowest, from the highest that tells keys of the range apart. Keys with
-  // the same digits so far are taken as well if they are `slack` at most. for_each(visit) calls
-  // visit(key) for the thread's keys.
+  // Digit after digit of key - lowest, from the highest that tells keys of the range apart. Keys
+  // with the same digits so far are taken as well if they are `slack` at most. for_each(visit)
+  // calls visit(key) for the thread's keys.
   template <typename ForEach>
   __device__ Threshold find_threshold(Range range, std::uint32_t wanted, std::uint32_t slack,
                                       ForEach&& for_each) {

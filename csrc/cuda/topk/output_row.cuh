@@ -7,25 +7,96 @@
 #include <limits>
 
 #include "core/page_table.h"
+#include "cuda/common/fast_divisor.h"
 #include "cuda/ptx/ldst.cuh"
 #include "dsa/params.h"
 
 namespace dsa::cuda::topk {
 
 // An optional i32 [R].
-__device__ inline std::int32_t value_or(const TensorView& values, std::int64_t row,
-                                        std::int32_t otherwise) {
-  return values.defined() ? values.ptr<const std::int32_t>()[row * values.stride(0)] : otherwise;
-}
+struct RowInts {
+  const std::int32_t* values = nullptr;
+  std::int64_t stride = 0;
+
+  RowInts() = default;
+  explicit RowInts(const TensorView& t) {
+    if (!t.defined()) return;
+    values = t.ptr<const std::int32_t>();
+    stride = t.stride(0);
+  }
+
+  __device__ std::int32_t value_or(std::int64_t row, std::int32_t otherwise) const {
+    return values != nullptr ? values[row * stride] : otherwise;
+  }
+};
+
+// What topk_select works on. A kernel's first look at 64 bytes of its arguments takes as long as
+// ten instructions, so those that begin a row stand together, and so do those that end it.
+struct TopkTask {
+  const void* scores;
+  std::int64_t row_stride, column_stride;
+  std::int32_t columns;
+  std::uint32_t k;
+  RowInts starts, ends;
+
+  std::int32_t* indices;
+  std::int64_t indices_stride;
+  float* out_scores;
+  std::int64_t out_scores_stride;
+  RowInts bases;
+  std::int32_t base;
+  bool as_slots;
+  bool has_rows;                 // each request
+  FastDivisor31 page_size;       // with as_slots
+  FastDivisor rows_per_request;  // with as_slots, and without requests
+  RowInts requests;
+  PageTable pages;
+  std::int64_t rows;
+
+  explicit TopkTask(const TopkSelectParams& p)
+      : scores(p.scores.data),
+        row_stride(p.scores.stride(0)),
+        column_stride(p.scores.stride(1)),
+        columns(static_cast<std::int32_t>(p.scores.size(1))),  // fewer than 2^31
+        k(static_cast<std::uint32_t>(p.topk)),
+        starts(p.row_starts),
+        ends(p.row_ends),
+        indices(p.indices.ptr<std::int32_t>()),
+        indices_stride(p.indices.stride(0)),
+        out_scores(p.out_scores.defined() ? p.out_scores.ptr<float>() : nullptr),
+        out_scores_stride(p.out_scores.defined() ? p.out_scores.stride(0) : 0),
+        bases(p.index_base),
+        base(static_cast<std::int32_t>(p.index_base_scalar)),
+        as_slots(p.block_table.defined()),
+        page_size(p.page_size),
+        requests(p.row_to_request),
+        pages{p.block_table, p.page_size},
+        rows(p.scores.size(0)) {
+    const std::int64_t num_requests = as_slots ? p.block_table.size(0) : 0;
+    const std::int64_t rows_each = num_requests > 0 ? rows / num_requests : 0;
+    has_rows = rows_each > 0;
+    rows_per_request = FastDivisor(rows_each);
+  }
+
+  template <typename Bits>
+  __device__ const Bits* row_scores(std::int64_t row) const {
+    return static_cast<const Bits*>(scores) + row * row_stride;
+  }
+
+  // A negative one has no pages.
+  __device__ std::int64_t request(std::int64_t row) const {
+    if (requests.values != nullptr) return requests.value_or(row, -1);
+    return has_rows ? rows_per_request.quotient(row) : -1;
+  }
+};
 
 struct RowWindow {
   int begin;
   int end;  // at least begin
 
-  __device__ RowWindow(const TopkSelectParams& params, std::int64_t row) {
-    const auto columns = static_cast<std::int32_t>(params.scores.size(1));  // fewer than 2^31
-    begin = std::max(value_or(params.row_starts, row, 0), 0);
-    end = std::max(std::min(value_or(params.row_ends, row, columns), columns), begin);
+  __device__ RowWindow(const TopkTask& task, std::int64_t row) {
+    begin = std::max(task.starts.value_or(row, 0), 0);
+    end = std::max(std::min(task.ends.value_or(row, task.columns), task.columns), begin);
   }
 
   __device__ int size() const { return end - begin; }
@@ -34,33 +105,25 @@ struct RowWindow {
 template <typename Score>
 class OutputRow {
  public:
-  __device__ OutputRow(const TopkSelectParams& params, std::int64_t row)
-      : row_(params.scores.ptr<const typename Score::Bits>() + row * params.scores.stride(0)),
-        column_stride_(params.scores.stride(1)),
-        base_(value_or(params.index_base, row, static_cast<std::int32_t>(params.index_base_scalar))),
-        as_slots_(params.block_table.defined()),
-        indices_(params.indices.ptr<std::int32_t>() + row * params.indices.stride(0)) {
-    if (params.out_scores.defined()) {
-      scores_ = params.out_scores.ptr<float>() + row * params.out_scores.stride(0);
-    }
-    if (as_slots_) {
-      const RequestOfRow request_of_row{params.row_to_request, params.scores.size(0),
-                                        params.block_table.size(0)};
-      pages_ = PageTable{params.block_table, params.page_size}.row(request_of_row(row));
-    }
+  __device__ OutputRow(const TopkTask& task, std::int64_t row)
+      : task_(task),
+        row_(row),
+        base_(task.bases.value_or(row, task.base)),
+        indices_(task.indices + row * task.indices_stride) {
+    if (task.as_slots) pages_ = task.pages.row(task.request(row));
   }
 
   __device__ std::int32_t* indices() const { return indices_; }
 
-  // Brings the request's first pages into L2, a line for each thread, for write_all() later on.
+  // Brings the request's first pages near, a line for each thread, for write_all() later on.
   __device__ void prefetch_pages() const {
     const std::int64_t entry = std::int64_t{threadIdx.x} * kLineEntries;
-    if (as_slots_ && entry < pages_.width) ptx::prefetch_l2(pages_.entries + entry);
+    if (task_.as_slots && entry < pages_.width) ptx::prefetch_l1(pages_.entries + entry);
   }
 
   __device__ void write(std::int64_t i, std::int64_t column) const {
     indices_[i] = index(column);
-    if (scores_ != nullptr) scores_[i] = Score::to_float(row_[column * column_stride_]);
+    if (task_.out_scores != nullptr) scores()[i] = score(column);
   }
 
   // [0, count) by a CTA of kThreads; column(i). Entries of the page table are asked for together.
@@ -80,17 +143,15 @@ class OutputRow {
         if (i < count) indices_[i] = indices[j];
       }
     }
-    if (scores_ == nullptr) return;
+    if (task_.out_scores == nullptr) return;
 #pragma unroll 4
-    for (std::uint32_t i = threadIdx.x; i < count; i += kThreads) {
-      scores_[i] = Score::to_float(row_[column(i) * column_stride_]);
-    }
+    for (std::uint32_t i = threadIdx.x; i < count; i += kThreads) scores()[i] = score(column(i));
   }
 
   // Nothing is there.
   __device__ void pad(std::int64_t i) const {
     indices_[i] = static_cast<std::int32_t>(kInvalidSlot);
-    if (scores_ != nullptr) scores_[i] = -std::numeric_limits<float>::infinity();
+    if (task_.out_scores != nullptr) scores()[i] = -std::numeric_limits<float>::infinity();
   }
 
  private:
@@ -98,16 +159,27 @@ class OutputRow {
 
   __device__ std::int32_t index(std::int64_t column) const {
     const std::int64_t index = base_ + column;
-    return narrow_or_invalid(as_slots_ ? pages_.slot(index) : index);
+    if (!task_.as_slots) return narrow_or_invalid(index);
+    if (index >> 31 != 0) return narrow_or_invalid(pages_.slot(index));  // negative, or large
+    const auto token = static_cast<std::uint32_t>(index);
+    const std::uint32_t page_size = task_.page_size.divisor();
+    const std::uint32_t page = task_.page_size.quotient(token);
+    const std::int64_t cache_page = pages_.page(page);
+    if (cache_page < 0) return static_cast<std::int32_t>(kInvalidSlot);
+    return narrow_or_invalid(cache_page * page_size + (token - page * page_size));
   }
 
-  const typename Score::Bits* row_;
-  std::int64_t column_stride_;
+  __device__ float* scores() const { return task_.out_scores + row_ * task_.out_scores_stride; }
+  __device__ float score(std::int64_t column) const {
+    using Bits = typename Score::Bits;
+    return Score::to_float(task_.row_scores<Bits>(row_)[column * task_.column_stride]);
+  }
+
+  const TopkTask& task_;
+  std::int64_t row_;
   std::int64_t base_;
-  bool as_slots_;
-  PageTableRow pages_;
   std::int32_t* indices_;
-  float* scores_ = nullptr;
+  PageTableRow pages_;
 };
 
 }  // namespace dsa::cuda::topk

@@ -127,22 +127,21 @@ class ScoreWindow {
 };
 
 template <typename Window>
-__device__ Window window_of(const TopkSelectParams& params, std::int64_t row) {
-  const TensorView& scores = params.scores;  // [R, N], N < 2^31
-  const RowWindow window(params, row);
-  return Window(scores.ptr<const typename Window::Bits>() + row * scores.stride(0),
-                scores.stride(1), window.begin, window.end);
+__device__ Window window_of(const TopkTask& task, std::int64_t row) {
+  const RowWindow window(task, row);
+  return Window(task.row_scores<typename Window::Bits>(row), task.column_stride, window.begin,
+                window.end);
 }
 
 // Turns the selected columns in `indices` into what the caller asked for, in place, and pads the
 // row. Of a window that is selected whole, nothing has been written yet. Asks for the window anew:
 // held through the selection, it would cost registers.
 template <typename Score>
-__device__ void write_row(const TopkSelectParams& params, std::int64_t row) {
-  const RowWindow window(params, row);
-  const OutputRow<Score> out(params, row);
-  const bool whole = window.size() <= params.topk;
-  for (std::int64_t i = threadIdx.x; i < params.topk; i += kThreads) {
+__device__ void write_row(const TopkTask& task, std::int64_t row) {
+  const RowWindow window(task, row);
+  const OutputRow<Score> out(task, row);
+  const bool whole = window.size() <= task.k;
+  for (std::int64_t i = threadIdx.x; i < task.k; i += kThreads) {
     if (i < window.size()) {
       out.write(i, whole ? window.begin + i : out.indices()[i]);
     } else {
@@ -153,15 +152,15 @@ __device__ void write_row(const TopkSelectParams& params, std::int64_t row) {
 
 template <typename Score, bool kContiguous>
 __global__ void __launch_bounds__(kThreads, 2)
-    portable_topk_select_kernel(const __grid_constant__ TopkSelectParams params) {
+    portable_topk_select_kernel(const __grid_constant__ TopkTask task) {
   using Window = ScoreWindow<Score, kContiguous>;
   __shared__ SelectStorage shared;
 
-  for (std::int64_t row = blockIdx.x; row < params.scores.size(0); row += gridDim.x) {
-    const auto window = window_of<Window>(params, row);
-    if (window.size() > params.topk) {
-      const auto k = static_cast<std::uint32_t>(params.topk);
-      std::int32_t* columns = params.indices.ptr<std::int32_t>() + row * params.indices.stride(0);
+  for (std::int64_t row = blockIdx.x; row < task.rows; row += gridDim.x) {
+    const auto window = window_of<Window>(task, row);
+    if (window.size() > task.k) {
+      const auto k = task.k;
+      std::int32_t* columns = task.indices + row * task.indices_stride;
       const Threshold<std::uint32_t> threshold = find_threshold(window, k, shared);
       emit_selected(window, threshold, k, shared,
                     [=](std::uint32_t rank, std::int64_t column, std::uint32_t) {
@@ -169,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                     });
       __syncthreads();
     }
-    write_row<Score>(params, row);
+    write_row<Score>(task, row);
   }
 }
 

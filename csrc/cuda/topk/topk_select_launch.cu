@@ -11,11 +11,12 @@ namespace {
 template <typename Score>
 Status launch_rows(const TopkSelectParams& params) {
   constexpr const char* kName = "portable_topk_select_kernel";
+  const topk::TopkTask task(params);
   const dim3 grid(static_cast<unsigned>(std::min(params.scores.size(0), kMaxGridX)));
   return params.scores.stride(1) == 1 ? launch<topk::portable_topk_select_kernel<Score, true>>(
-                                            kName, params.launch, grid, topk::kThreads, 0, params)
+                                            kName, params.launch, grid, topk::kThreads, 0, task)
                                       : launch<topk::portable_topk_select_kernel<Score, false>>(
-                                            kName, params.launch, grid, topk::kThreads, 0, params);
+                                            kName, params.launch, grid, topk::kThreads, 0, task);
 }
 
 }  // namespace

@@ -4,7 +4,8 @@
 //
 // guess      where the k-th largest is, by a sample of the row: candidates are not many more than k
 //            from the start. Should they be fewer, all is done again without.
-// tile       a chunk of 8192 scores, 16 a thread (with 1024 threads, 8), which the thread holds in registers while the next
+// tile       a chunk of 8192 scores, 16 a thread (with 1024 threads, 8), which the thread holds in
+// registers while the next
 //            chunk's are on their way to L2.
 // roles      all threads alike. Of a chunk, what the threshold lets pass is appended to the
 //            candidates (candidates.cuh). When they are full, the k largest are kept, and only what
@@ -36,9 +37,9 @@ namespace dsa::cuda::topk {
 // Of a chunk. With more threads fewer, for a short way from the first to the last.
 inline constexpr int scores_per_thread(int threads) { return threads > 512 ? 8 : 16; }
 
-// Scores of consecutive columns, at one chunk of them. A thread's are in groups of 16 bytes, at multiples
-// of 16 bytes; a warp's groups are consecutive, so that order within a chunk is warp, group, lane,
-// score of the group.
+// Scores of consecutive columns, at one chunk of them. A thread's are in groups of 16 bytes, at
+// multiples of 16 bytes; a warp's groups are consecutive, so that order within a chunk is warp,
+// group, lane, score of the group.
 template <typename Score, int kThreads>
 class ScoreStream {
  public:
@@ -94,16 +95,15 @@ class ScoreStream {
     Sample sample;
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      sample.keys[i] = score_key<Score>(static_cast<Bits>(words[i / kPerWord] >> (i % kPerWord * 16)));
+      sample.keys[i] =
+          score_key<Score>(static_cast<Bits>(words[i / kPerWord] >> (i % kPerWord * 16)));
     }
     return sample;
   }
 
   // Of this thread's scores, from its first.
   static constexpr int offset_of_group(int g) { return g * (kLanes * kGroup); }
-  static constexpr int offset_of_score(int i) {
-    return offset_of_group(i / kGroup) + i % kGroup;
-  }
+  static constexpr int offset_of_score(int i) { return offset_of_group(i / kGroup) + i % kGroup; }
   // Of that one from the chunk's first. Calculated where it is needed: the compiler would keep the
   // offset of each score in a register.
   static __device__ std::uint32_t own_offset() {
@@ -118,7 +118,10 @@ class ScoreStream {
 
   __device__ void load(Chunk& scores) const {
     if (is_full()) {
-      load_full(scores_, scores);
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        scores.set(g, __ldcs(reinterpret_cast<const uint4*>(scores_ + offset_of_group(g))));
+      }
     } else {
       const std::uint32_t own = own_offset();
 #pragma unroll
@@ -179,14 +182,12 @@ class ScoreStream {
   }
 
  private:
-  __device__ bool is_full() const { return begin_ == 0 && left_ >= kChunk; }
   __device__ bool has(std::uint32_t at) const { return at >= begin_ && at < left_; }
-
-  static __device__ void load_full(const Bits* first, Chunk& scores) {
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      scores.set(g, __ldcs(reinterpret_cast<const uint4*>(first + offset_of_group(g))));
-    }
+  // Whether all of the warp's scores of the chunk are the window's.
+  __device__ bool is_full() const {
+    constexpr std::uint32_t kWarpScores = kLanes * kScores;
+    const std::uint32_t first = own_offset() / kWarpScores * kWarpScores;
+    return first >= begin_ && first + kWarpScores <= left_;
   }
 
   // A group that may not be all the window's.
@@ -200,8 +201,8 @@ class ScoreStream {
     return {words[0], words[1], words[2], words[3]};
   }
 
-  const Bits* scores_;           // this thread's first
-  std::uint32_t column_;         // of that
+  const Bits* scores_;          // this thread's first
+  std::uint32_t column_;        // of that
   std::uint32_t begin_, left_;  // offsets from the chunk's first of what is the window's
 };
 
@@ -267,7 +268,7 @@ class TopkStream {
     const Sum sum = candidates_.sum_over_warps(warp_total);
     if (candidates_.count() + sum.total > capacity_) return false;
     std::uint32_t position = candidates_.count() + sum.before;
-    candidates_.grow(sum.total);
+    candidates_.grow(sum.total, k_);
     if (passes == 0) return true;
     const std::uint32_t before = inclusive - counts;
 #pragma unroll
@@ -305,7 +306,7 @@ struct Place {
 
 template <typename Score, int kThreads, bool kInCluster>
 __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
-    portable_topk_select_stream_kernel(const __grid_constant__ TopkSelectParams params,
+    portable_topk_select_stream_kernel(const __grid_constant__ TopkTask task,
                                        std::uint32_t capacity) {
   using Stream = ScoreStream<Score, kThreads>;
   using Kept = Candidates<Score, kThreads>;
@@ -314,11 +315,11 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
   using Own = Place<kInCluster>;
 
   if constexpr (kInCluster) ptx::cluster_arrive();
-  const auto k = static_cast<std::uint32_t>(params.topk);
-  const RowWindow window(params, Own::row());
+  const std::uint32_t k = task.k;
+  const RowWindow window(task, Own::row());
   const auto size = static_cast<std::uint32_t>(window.size());
   if (size <= k) {
-    const OutputRow<Score> out(params, Own::row());
+    const OutputRow<Score> out(task, Own::row());
     for (std::uint32_t i = Own::part() * kThreads + threadIdx.x; i < k;
          i += Own::parts() * kThreads) {
       if (i < size) {
@@ -327,19 +328,18 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
         out.pad(i);
       }
     }
+    if constexpr (kInCluster) ptx::cluster_wait();
     return;
   }
 
   const auto stream = [&](std::uint32_t part, std::uint32_t parts) {
-    return Stream(params.scores.ptr<const typename Score::Bits>() +
-                      Own::row() * params.scores.stride(0),
-                  RowWindow(params, Own::row()), part, parts);
+    return Stream(task.row_scores<typename Score::Bits>(Own::row()), RowWindow(task, Own::row()),
+                  part, parts);
   };
   Kept candidates(shared_bytes);
   TopkStream<Score, kThreads> topk(candidates, capacity, k);
   auto scores = stream(Own::part(), Own::parts());
   scores.prefetch(0);
-  OutputRow<Score>(params, Own::row()).prefetch_pages();
   topk.guess(kInCluster ? stream(0, 1) : scores, size);
   if constexpr (kInCluster) {
     ptx::cluster_wait();  // all have begun
@@ -357,12 +357,12 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
       ptx::cluster_sync();
       candidates.report();
     }
-    if (Own::part() == 0) candidates.keep_of_cluster(k, capacity);
-    ptx::cluster_arrive();
-    if (Own::part() != 0) {
-      ptx::cluster_wait();  // the first has read what it needs
-      return;
+    if (Own::part() == 0) {
+      if (task.as_slots) OutputRow<Score>(task, Own::row()).prefetch_pages();
+      candidates.keep_of_cluster(k, capacity);
     }
+    ptx::cluster_sync();  // the first has read what it needs of the others
+    if (Own::part() != 0) return;
   } else {
     while (true) {
       topk.collect(scores);
@@ -370,11 +370,13 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
       candidates.clear();
       scores = stream(0, 1);
     }
+    if (task.as_slots) OutputRow<Score>(task, Own::row()).prefetch_pages();
     if (candidates.count() > k) candidates.keep(k);
   }
   __syncthreads();
-  OutputRow<Score>(params, Own::row())
-      .template write_all<kThreads>(k, [&](std::uint32_t i) { return candidates.column(i); });
+  OutputRow<Score>(task, Own::row()).template write_all<kThreads>(k, [&](std::uint32_t i) {
+    return candidates.column(i);
+  });
 }
 
 }  // namespace dsa::cuda::topk

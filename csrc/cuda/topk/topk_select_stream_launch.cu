@@ -41,7 +41,8 @@ template <typename Score, int kThreads>
 Status launch_ctas(const TopkSelectParams& p) {
   return launch<topk::portable_topk_select_stream_kernel<Score, kThreads, false>>(
       kName, p.launch, dim3(static_cast<unsigned>(p.scores.size(0))), kThreads,
-      shared_bytes<kThreads>(p), p, static_cast<std::uint32_t>(capacity_of(p, kThreads)));
+      shared_bytes<kThreads>(p), topk::TopkTask(p),
+      static_cast<std::uint32_t>(capacity_of(p, kThreads)));
 }
 
 // A row is shared by as many CTAs as run at once on SMs of their own, each with a chunk of columns
@@ -59,19 +60,19 @@ Status launch_clusters(const TopkSelectParams& p) {
        --cluster) {
     const ClusterLaunch shape{dim3(rows * cluster), cluster, kThreads, shared_bytes<kThreads>(p)};
     if (clusters_at_once<kKernel>(kName, p.launch, shape) < p.scores.size(0)) continue;
-    return cuda::launch_clusters<kKernel>(kName, p.launch, shape, p,
+    return cuda::launch_clusters<kKernel>(kName, p.launch, shape, topk::TopkTask(p),
                                           static_cast<std::uint32_t>(capacity_of(p, kThreads)));
   }
   return launch_ctas<Score, kThreads>(p);
 }
 
-// As many threads as a row keeps busy, and more where a row has an SM to itself.
+// As many threads as a row keeps busy, and more where a long row has an SM to itself.
 template <typename Score>
 Status launch_rows(const TopkSelectParams& p) {
   if (p.scores.size(1) <= chunk_of(32)) return launch_ctas<Score, 32>(p);
   if (p.scores.size(1) <= chunk_of(128) || !large_fits(p)) return launch_ctas<Score, 128>(p);
   if (p.scores.size(0) > device_limits(p.launch.device).num_sms) return launch_ctas<Score, 512>(p);
-  return launch_clusters<Score>(p);
+  return p.scores.size(1) <= chunk_of(512) ? launch_ctas<Score, 512>(p) : launch_clusters<Score>(p);
 }
 
 }  // namespace
