@@ -12,13 +12,13 @@ namespace dsa {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kMinNormal = std::numeric_limits<float>::min();
+constexpr float kMax = std::numeric_limits<float>::max();
+constexpr float kLeast = std::numeric_limits<float>::denorm_min();
 
 static_assert(ordered_key(1.0f) < ordered_key(2.0f));
 
 TEST(FloatOrder, FollowsTheRankOfScores) {
-  constexpr float kLeast = std::numeric_limits<float>::denorm_min();
-  constexpr float kMax = std::numeric_limits<float>::max();
-  constexpr float kMinNormal = std::numeric_limits<float>::min();
   const float ascending[] = {-kInf,  -kMax,      -2.0f, -1.0f, -kMinNormal, -kLeast, 0.0f,
                              kLeast, kMinNormal, 1.0f,  2.0f,  kMax,        kInf};
   for (std::size_t i = 1; i < std::size(ascending); ++i) {
@@ -44,6 +44,21 @@ TEST(FloatOrder, AscendsOverTheWholeRange) {
       const float next = std::nextafter(x, kInf);
       ASSERT_LT(ordered_key(x), ordered_key(next)) << x;
       ASSERT_GT(ordered_key(-x), ordered_key(-next)) << -x;
+    }
+  }
+}
+
+TEST(FloatOrder, KeysGiveTheirFloats) {
+  for (const float x :
+       {-kInf, -kMax, -1.0f, -kMinNormal, -kLeast, 0.0f, kLeast, 1.0f, kMax, kInf}) {
+    EXPECT_EQ(float_of_ordered_key(ordered_key(x)), x);
+    // One key further is past it, and not past the next float.
+    const float past = float_of_ordered_key(ordered_key(x) + 1);
+    if (x < kInf) {
+      EXPECT_GT(past, x);
+      EXPECT_LE(past, std::nextafter(x, kInf));
+    } else {
+      EXPECT_TRUE(std::isnan(past));
     }
   }
 }

@@ -59,9 +59,6 @@ __device__ __forceinline__ void append_if(std::uint32_t bit, std::uint32_t& addr
       : "memory");
 }
 
-__device__ __forceinline__ void prefetch_l1(const void* global) {
-  asm volatile("prefetch.global.L1 [%0];" ::"l"(__cvta_generic_to_global(global)));
-}
 __device__ __forceinline__ void prefetch_l2(const void* global) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(global)));
 }

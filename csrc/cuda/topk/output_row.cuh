@@ -8,7 +8,6 @@
 
 #include "core/page_table.h"
 #include "cuda/common/fast_divisor.h"
-#include "cuda/ptx/ldst.cuh"
 #include "dsa/params.h"
 
 namespace dsa::cuda::topk {
@@ -110,38 +109,25 @@ class OutputRow {
         row_(row),
         base_(task.bases.value_or(row, task.base)),
         indices_(task.indices + row * task.indices_stride) {
-    if (task.as_slots) pages_ = task.pages.row(task.request(row));
+    if (!task.as_slots) return;
+    pages_ = task.pages.row(task.request(row));
+    has_small_tokens_ = base_ >= 0 && base_ + task.columns <= std::int64_t{1} << 31;
   }
 
   __device__ std::int32_t* indices() const { return indices_; }
-
-  // Brings the request's first pages near, a line for each thread, for write_all() later on.
-  __device__ void prefetch_pages() const {
-    const std::int64_t entry = std::int64_t{threadIdx.x} * kLineEntries;
-    if (task_.as_slots && entry < pages_.width) ptx::prefetch_l1(pages_.entries + entry);
-  }
 
   __device__ void write(std::int64_t i, std::int64_t column) const {
     indices_[i] = index(column);
     if (task_.out_scores != nullptr) scores()[i] = score(column);
   }
 
-  // [0, count) by a CTA of kThreads; column(i). Entries of the page table are asked for together.
+  // [0, count) by a CTA of kThreads; column(i).
   template <int kThreads, typename Column>
   __device__ void write_all(std::uint32_t count, Column&& column) const {
-    constexpr int kTogether = 4;
-    for (std::uint32_t first = threadIdx.x; first < count; first += kTogether * kThreads) {
-      std::int32_t indices[kTogether];
-#pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        const std::uint32_t i = first + j * kThreads;
-        if (i < count) indices[j] = index(column(i));
-      }
-#pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        const std::uint32_t i = first + j * kThreads;
-        if (i < count) indices_[i] = indices[j];
-      }
+    if (has_small_tokens_) {
+      write_slots<kThreads>(count, column);
+    } else {
+      for (std::uint32_t i = threadIdx.x; i < count; i += kThreads) indices_[i] = index(column(i));
     }
     if (task_.out_scores == nullptr) return;
 #pragma unroll 4
@@ -155,18 +141,40 @@ class OutputRow {
   }
 
  private:
-  static constexpr int kLineEntries = 128 / sizeof(std::int32_t);
-
   __device__ std::int32_t index(std::int64_t column) const {
     const std::int64_t index = base_ + column;
-    if (!task_.as_slots) return narrow_or_invalid(index);
-    if (index >> 31 != 0) return narrow_or_invalid(pages_.slot(index));  // negative, or large
-    const auto token = static_cast<std::uint32_t>(index);
+    return narrow_or_invalid(task_.as_slots ? pages_.slot(index) : index);
+  }
+
+  // The same for tokens of 31 bits, several of which are looked up together.
+  template <int kThreads, typename Column>
+  __device__ void write_slots(std::uint32_t count, Column&& column) const {
+    constexpr int kTogether = 4;
+    const auto width = static_cast<std::uint32_t>(std::min<std::int64_t>(pages_.width, 1u << 31));
     const std::uint32_t page_size = task_.page_size.divisor();
-    const std::uint32_t page = task_.page_size.quotient(token);
-    const std::int64_t cache_page = pages_.page(page);
-    if (cache_page < 0) return static_cast<std::int32_t>(kInvalidSlot);
-    return narrow_or_invalid(cache_page * page_size + (token - page * page_size));
+    for (std::uint32_t first = threadIdx.x; first < count; first += kTogether * kThreads) {
+      std::uint32_t offsets[kTogether];
+      std::int32_t entries[kTogether];
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        const std::uint32_t i = first + j * kThreads;
+        const std::uint32_t token = i < count ? static_cast<std::uint32_t>(base_) + column(i) : 0;
+        const std::uint32_t page = task_.page_size.quotient(token);
+        offsets[j] = token - page * page_size;
+        entries[j] = page < width ? pages_.entries[page] : -1;
+      }
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        const std::uint32_t i = first + j * kThreads;
+        const std::uint64_t slot =
+            std::uint64_t{static_cast<std::uint32_t>(entries[j])} * page_size + offsets[j];
+        const bool is_valid = entries[j] >= 0 && slot >> 31 == 0;
+        if (i < count) {
+          indices_[i] =
+              static_cast<std::int32_t>(is_valid ? static_cast<std::int64_t>(slot) : kInvalidSlot);
+        }
+      }
+    }
   }
 
   __device__ float* scores() const { return task_.out_scores + row_ * task_.out_scores_stride; }
@@ -180,6 +188,7 @@ class OutputRow {
   std::int64_t base_;
   std::int32_t* indices_;
   PageTableRow pages_;
+  bool has_small_tokens_ = false;  // of pages
 };
 
 }  // namespace dsa::cuda::topk

@@ -221,8 +221,9 @@ class TopkStream {
     constexpr std::uint32_t kSample = Stream::kSample;
     if (size < 2 * kSample) return;
     // So many of the sample as are among the k largest, and four standard deviations.
-    const float mean = static_cast<float>(kSample) * k_ / size;
-    const auto rank = static_cast<std::uint32_t>(mean + 4 * sqrtf(mean) + 8);
+    const float n = size, mean = kSample * (k_ / n);
+    const float variance = mean * (1 - k_ / n) * (1 - kSample / n);
+    const auto rank = static_cast<std::uint32_t>(mean + 4 * sqrtf(variance) + 8);
     if (rank > kSample / 2) return;
     candidates_.guess(row.load_sample(), rank);
   }
@@ -358,7 +359,6 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
       candidates.report();
     }
     if (Own::part() == 0) {
-      if (task.as_slots) OutputRow<Score>(task, Own::row()).prefetch_pages();
       candidates.keep_of_cluster(k, capacity);
     }
     ptx::cluster_sync();  // the first has read what it needs of the others
@@ -370,7 +370,6 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
       candidates.clear();
       scores = stream(0, 1);
     }
-    if (task.as_slots) OutputRow<Score>(task, Own::row()).prefetch_pages();
     if (candidates.count() > k) candidates.keep(k);
   }
   __syncthreads();
