@@ -44,8 +44,9 @@ struct Threshold {
 template <typename Score, int kThreads>
 class Candidates {
  public:
-  // .x is the column, .y the key. Until the first look at all of them, .y of what was put since the
-  // last has the score's bits: to put an item is done where few threads have one.
+  // .x is the column, .y the key; of items appended since all were last looked at, .y is the
+  // score's bits. They are appended where few threads of a warp have one, and looked at where all
+  // have.
   using Item = uint2;
   static constexpr int kWarps = kThreads / kLanes;
   static constexpr int kNumBins = std::min(4 * kThreads, 2048);
@@ -91,10 +92,7 @@ class Candidates {
     return {__reduce_add_sync(~0u, lane < warp ? total : 0), __reduce_add_sync(~0u, total)};
   }
 
-  __device__ void put(std::uint32_t i, typename Score::Bits bits, std::uint32_t column) const {
-    shared().items[i] = {column, bits};
-  }
-  // For append_if().
+  // Where append_if() puts (column, score's bits).
   __device__ std::uint32_t address_of(std::uint32_t i) const {
     return address_ + static_cast<std::uint32_t>(offsetof(Shared, items)) + i * sizeof(Item);
   }
@@ -120,6 +118,7 @@ class Candidates {
   // Keeps the k largest. Items put before a barrier; ends without one. A call, so that its
   // registers are not taken from the loop over the scores.
   __device__ void keep(std::uint32_t k) { *this = kept(*this, k); }
+
   // Tells all CTAs of the cluster what this one has; returns how many candidates there are. Between
   // two reports is a barrier of the cluster.
   __device__ std::uint32_t report() {

@@ -2,23 +2,21 @@
 // topk_select in one pass over the scores: candidates are collected in column order above a
 // threshold that rises.
 //
-// guess      where the k-th largest is, by a sample of the row: candidates are not many more than k
-//            from the start. Should they be fewer, all is done again without.
-// tile       a chunk of 8192 scores, 16 a thread (with 1024 threads, 8), which the thread holds in
-// registers while the next
-//            chunk's are on their way to L2.
+// guess      a first threshold, by a sample of the row: candidates are not many more than k then.
+//            Should they be fewer, all is done again without.
+// tile       a chunk of 8192 scores (with 128 threads 2048, with 32 512): 16 a thread, with 1024
+//            threads 8, in registers; the next chunk is on its way to L2.
 // roles      all threads alike. Of a chunk, what the threshold lets pass is appended to the
 //            candidates (candidates.cuh). When they are full, the k largest are kept, and only what
-//            is larger than the least of them passes from then on: with room for c and n scores in
-//            any order, that happens about log n / log (c / k) times. At the end the k largest are
+//            is larger than the least of them passes from then on. At the end the k largest are
 //            kept again, and are in order already. Equal scores need no care either: of them the
 //            first are kept, and later ones do not pass.
-// threads    512, two CTAs an SM; where rows are fewer than that, 1024; for short rows 128 or 32.
-// cluster    fewest rows: each CTA collects from its part of the row, and the first one takes over
-//            what all have.
-// registers  64
-// shared     histogram, 8 KiB; 8 bytes a candidate, k + a chunk of them.
-// barriers   one a chunk, between counting and appending.
+// threads    512, two CTAs an SM; short rows: 128 or 32; few rows: 1024, one CTA an SM.
+// cluster    fewer rows still: each CTA collects from its part of the row, and the first one takes
+//            over what all have.
+// registers  at most 64.
+// shared     a histogram, 8 KiB; 8 bytes a candidate, of which there is room for k and a chunk.
+// barriers   one a chunk, between counting and appending; those of candidates.cuh.
 #pragma once
 
 #include <cstdint>
@@ -311,9 +309,8 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
                                        std::uint32_t capacity) {
   using Stream = ScoreStream<Score, kThreads>;
   using Kept = Candidates<Score, kThreads>;
-  extern __shared__ uint4 shared_bytes[];
-
   using Own = Place<kInCluster>;
+  extern __shared__ uint4 shared_bytes[];
 
   if constexpr (kInCluster) ptx::cluster_arrive();
   const std::uint32_t k = task.k;
@@ -358,9 +355,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
       ptx::cluster_sync();
       candidates.report();
     }
-    if (Own::part() == 0) {
-      candidates.keep_of_cluster(k, capacity);
-    }
+    if (Own::part() == 0) candidates.keep_of_cluster(k, capacity);
     ptx::cluster_sync();  // the first has read what it needs of the others
     if (Own::part() != 0) return;
   } else {
