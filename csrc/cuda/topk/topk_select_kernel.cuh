@@ -6,7 +6,7 @@
 //            the digits of the threshold are counted (fp32: 11 + 11 + 10 bits, 16-bit scores: two
 //            digits), the selected columns are written to `indices` in order, and at last turned in
 //            place into indices or slots, which makes those steps dense.
-// registers  64 at most: two CTAs an SM.
+// registers  64 at most: two CTAs an SM (kCtasOfSm).
 // shared     SelectStorage (radix_select.cuh), 8 KiB.
 // barriers   __syncthreads; between emission and the last step too, which reads other threads'
 // work.
@@ -150,8 +150,15 @@ __device__ void write_row(const TopkTask& task, std::int64_t row) {
   }
 }
 
+// Code for GPUs before SM90 needs a few registers more than two CTAs leave it.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+inline constexpr int kCtasOfSm = 1;
+#else
+inline constexpr int kCtasOfSm = 2;
+#endif
+
 template <typename Score, bool kContiguous>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kCtasOfSm)
     portable_topk_select_kernel(const __grid_constant__ TopkTask task) {
   using Window = ScoreWindow<Score, kContiguous>;
   __shared__ SelectStorage shared;
