@@ -82,7 +82,7 @@ def rows(count: int, n: int, k: int = K, bars: tuple[Bar, ...] = (), quick: bool
         scores = torch.randn(count, n, device=device)
         work = _select(scores, None, k)
         if k != K:
-            work.peers = {f"k{K}": lambda: lambda: dsa_ext.topk_select(scores, K)}
+            work.peers[f"k{K}"] = lambda: lambda: dsa_ext.topk_select(scores, K)
         return work
 
     name = f"rows{count} n{n}" + ("" if k == K else f" k{k}")

@@ -74,9 +74,10 @@ struct ClusterLaunch {
   std::size_t shared_bytes;
 };
 
-// Calls use(config) with what the runtime wants to know.
+// use(config), the runtime's form of `shape`, after what it asks for has been allowed.
 template <auto kKernel, typename Use>
-Status with_config(const char* name, const Launch& where, const ClusterLaunch& shape, Use&& use) {
+Status with_cluster_config(const char* name, const Launch& where, const ClusterLaunch& shape,
+                           Use&& use) {
   constexpr int kPortableSize = 8;  // more are not there on every GPU that has clusters
   const Status allowed = allow_shared_bytes<kKernel>(name, where.device, shape.shared_bytes);
   if (!allowed.ok()) return allowed;
@@ -102,7 +103,7 @@ template <auto kKernel, typename... Args>
 Status launch_clusters(const char* name, const Launch& where, const ClusterLaunch& shape,
                        const Args&... args) {
   if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return {};
-  return with_config<kKernel>(name, where, shape, [&](const cudaLaunchConfig_t& config) {
+  return with_cluster_config<kKernel>(name, where, shape, [&](const cudaLaunchConfig_t& config) {
     return cudaLaunchKernelEx(&config, kKernel, args...);
   });
 }
@@ -119,7 +120,7 @@ int clusters_at_once(const char* name, const Launch& where, const ClusterLaunch&
   if (plus_one > 0) return plus_one - 1;
   int count = 0;
   const Status status =
-      with_config<kKernel>(name, where, shape, [&](const cudaLaunchConfig_t& config) {
+      with_cluster_config<kKernel>(name, where, shape, [&](const cudaLaunchConfig_t& config) {
         cudaFuncAttributes code{};
         const cudaError_t error = cudaFuncGetAttributes(&code, kKernel);
         if (error != cudaSuccess || code.ptxVersion < kFirstWithClusters) return error;

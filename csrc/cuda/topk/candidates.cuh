@@ -10,36 +10,12 @@
 
 #include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/ldst.cuh"
+#include "cuda/topk/cta_sum.cuh"
 #include "cuda/topk/score_key.cuh"
 
 namespace dsa::cuda::topk {
 
-inline constexpr int kLanes = 32;
 inline constexpr int kMostCtas = 16;  // of a cluster
-
-__device__ inline std::uint32_t inclusive_sum_of_lanes(std::uint32_t value) {
-  const int lane = threadIdx.x % kLanes;
-#pragma unroll
-  for (int distance = 1; distance < kLanes; distance *= 2) {
-    const std::uint32_t lower = __shfl_up_sync(~0u, value, distance);
-    if (lane >= distance) value += lower;
-  }
-  return value;
-}
-
-struct Sum {
-  std::uint32_t before;  // of the warps before this one
-  std::uint32_t total;
-};
-
-// Taken: keys from at_least on, and the first num_ties, in column order, of those one below.
-struct Threshold {
-  std::uint32_t at_least = 0;
-  std::uint32_t num_ties = 0;
-
-  __device__ bool takes(std::uint32_t key) const { return key >= at_least; }
-  __device__ bool ties(std::uint32_t key) const { return key + 1 == at_least; }
-};
 
 template <typename Score, int kThreads>
 class Candidates {
@@ -48,11 +24,11 @@ class Candidates {
   // score's bits. They are appended where few threads of a warp have one, and looked at where all
   // have.
   using Item = uint2;
-  static constexpr int kWarps = kThreads / kLanes;
+  static constexpr int kWarps = kThreads / kWarpSize;
   static constexpr int kNumBins = std::min(4 * kThreads, 2048);
   static constexpr int kBinsPerThread = kNumBins / kThreads;
   static constexpr int kDigitBits = 31 - __builtin_clz(kNumBins);
-  static_assert(1 << kDigitBits == kNumBins && kWarps <= kLanes);
+  static_assert(1 << kDigitBits == kNumBins && kWarps <= kWarpSize);
 
   // What the CTAs of a cluster have, each with its part of the row, one after another.
   struct Report {
@@ -81,15 +57,16 @@ class Candidates {
   __device__ std::uint32_t column(std::uint32_t i) const { return shared().items[i].x; }
 
   // A barrier. Sums a value of each warp, which its last lane has.
-  __device__ Sum sum_over_warps(std::uint32_t warp_total) {
+  __device__ CtaSum sum_over_warps(std::uint32_t warp_total) {
     // Two buffers in turn: the next sum's barrier stands between these reads and a rewrite.
     std::uint32_t (&totals)[kWarps] = shared().warp_totals[turn_];
     turn_ ^= 1;
-    const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-    if (lane == kLanes - 1) totals[warp] = warp_total;
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    if (lane == kWarpSize - 1) totals[warp] = warp_total;
     __syncthreads();
     const std::uint32_t total = lane < kWarps ? totals[lane] : 0;
-    return {__reduce_add_sync(~0u, lane < warp ? total : 0), __reduce_add_sync(~0u, total)};
+    return {__reduce_add_sync(kAllLanes, lane < warp ? total : 0),
+            __reduce_add_sync(kAllLanes, total)};
   }
 
   // Where append_if() puts (column, score's bits).
@@ -163,6 +140,15 @@ class Candidates {
     std::uint32_t lowest, largest;
   };
 
+  // Taken: keys from at_least on, and the first num_ties, in column order, of those one below.
+  struct Threshold {
+    std::uint32_t at_least = 0;
+    std::uint32_t num_ties = 0;
+
+    __device__ bool takes(std::uint32_t key) const { return key >= at_least; }
+    __device__ bool ties(std::uint32_t key) const { return key + 1 == at_least; }
+  };
+
   __device__ Shared& shared() const {
     return *static_cast<Shared*>(__cvta_shared_to_generic(address_));
   }
@@ -224,8 +210,8 @@ class Candidates {
   __device__ std::uint32_t largest_of_threads(std::uint32_t own) const {
     if (threadIdx.x == 0) shared().largest = 0;
     __syncthreads();
-    const std::uint32_t largest = __reduce_max_sync(~0u, own);
-    if (threadIdx.x % kLanes == 0) atomicMax(&shared().largest, largest);
+    const std::uint32_t largest = __reduce_max_sync(kAllLanes, own);
+    if (threadIdx.x % kWarpSize == 0) atomicMax(&shared().largest, largest);
     __syncthreads();
     return shared().largest;
   }
@@ -281,7 +267,7 @@ class Candidates {
     const Bins own = *reinterpret_cast<const Bins*>(&shared().histogram[first_bin()]);
     std::uint32_t sum = 0;
     for (const std::uint32_t count : own.counts) sum += count;
-    const std::uint32_t inclusive = inclusive_sum_of_lanes(sum);
+    const std::uint32_t inclusive = warp_inclusive_sum(sum);
     const std::uint32_t larger = sum_over_warps(inclusive).before + inclusive - sum;
     if (larger < wanted && wanted <= larger + sum) {  // one thread
       std::uint32_t left = wanted - larger;
@@ -309,9 +295,9 @@ class Candidates {
   __device__ void compact(const Threshold& threshold) {
     constexpr int kGroups = 4;
     constexpr std::uint32_t kChunk = kThreads * kGroups;
-    const std::uint32_t lane = threadIdx.x % kLanes;
+    const std::uint32_t lane = threadIdx.x % kWarpSize;
     const std::uint32_t lower_lanes = (1u << lane) - 1;
-    const std::uint32_t first = threadIdx.x / kLanes * (kGroups * kLanes) + lane;
+    const std::uint32_t first = threadIdx.x / kWarpSize * (kGroups * kWarpSize) + lane;
     std::uint32_t taken = 0, ties = 0;  // in the chunks before
     for (std::uint32_t chunk = 0; chunk < count_; chunk += kChunk) {
       Item items[kGroups] = {};  // a key is never 0
@@ -321,20 +307,20 @@ class Candidates {
       if (has_any) {
 #pragma unroll
         for (int g = 0; g < kGroups; ++g) {
-          const std::uint32_t i = chunk + first + g * kLanes;
+          const std::uint32_t i = chunk + first + g * kWarpSize;
           if (i < count_) items[g] = shared().items[i];
           const std::uint32_t key = items[g].y;
-          const std::uint32_t is_taken = __ballot_sync(~0u, key != 0 && threshold.takes(key));
+          const std::uint32_t is_taken = __ballot_sync(kAllLanes, key != 0 && threshold.takes(key));
           before[g] = warp_total + __popc(is_taken & lower_lanes);
           warp_total += __popc(is_taken);
           if constexpr (kTies) {
-            const std::uint32_t is_tie = __ballot_sync(~0u, key != 0 && threshold.ties(key));
+            const std::uint32_t is_tie = __ballot_sync(kAllLanes, key != 0 && threshold.ties(key));
             before[g] += kOneTie * __popc(is_tie & lower_lanes);
             warp_total += kOneTie * __popc(is_tie);
           }
         }
       }
-      const Sum sum = sum_over_warps(warp_total);
+      const CtaSum sum = sum_over_warps(warp_total);
       if (has_any) {
 #pragma unroll
         for (int g = 0; g < kGroups; ++g) {

@@ -20,16 +20,16 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/topk/cta_sum.cuh"
+
 namespace dsa::cuda::topk {
 
 inline constexpr int kThreads = 512;
-inline constexpr int kWarpSize = 32;
 inline constexpr int kWarps = kThreads / kWarpSize;
 inline constexpr int kDigitBits = 11;
 inline constexpr int kNumBins = 1 << kDigitBits;
 inline constexpr int kBinsPerThread = kNumBins / kThreads;
 static_assert(kBinsPerThread == 4, "a thread's bins are read as one uint4");
-inline constexpr std::uint32_t kAllLanes = 0xFFFF'FFFFu;
 
 // The bin that holds the key of a wanted rank.
 struct FoundBin {
@@ -63,21 +63,6 @@ __device__ int chunk_offset(int group) {
   const int lane = threadIdx.x % kWarpSize;
   return ((warp * Row::kGroups + group) * kWarpSize + lane) * Row::kGroup;
 }
-
-__device__ inline std::uint32_t warp_inclusive_sum(std::uint32_t value) {
-  const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-  for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    const std::uint32_t lower = __shfl_up_sync(kAllLanes, value, distance);
-    if (lane >= distance) value += lower;
-  }
-  return value;
-}
-
-struct CtaSum {
-  std::uint32_t before;  // of the warps before this one
-  std::uint32_t total;
-};
 
 // Sums a value of each warp, given by its last lane. One barrier: `totals` may be written again
 // only after another one.

@@ -26,6 +26,7 @@
 #include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/ldst.cuh"
 #include "cuda/topk/candidates.cuh"
+#include "cuda/topk/cta_sum.cuh"
 #include "cuda/topk/output_row.cuh"
 #include "cuda/topk/score_key.cuh"
 #include "dsa/params.h"
@@ -100,14 +101,14 @@ class ScoreStream {
   }
 
   // Of this thread's scores, from its first.
-  static constexpr int offset_of_group(int g) { return g * (kLanes * kGroup); }
+  static constexpr int offset_of_group(int g) { return g * (kWarpSize * kGroup); }
   static constexpr int offset_of_score(int i) { return offset_of_group(i / kGroup) + i % kGroup; }
   // Of that one from the chunk's first. Calculated where it is needed: the compiler would keep the
   // offset of each score in a register.
   static __device__ std::uint32_t own_offset() {
     std::uint32_t thread;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    return (thread / kLanes * (kGroups * kLanes) + thread % kLanes) * kGroup;
+    return (thread / kWarpSize * (kGroups * kWarpSize) + thread % kWarpSize) * kGroup;
   }
 
   __device__ bool is_empty() const { return left_ <= begin_; }
@@ -183,7 +184,7 @@ class ScoreStream {
   __device__ bool has(std::uint32_t at) const { return at >= begin_ && at < left_; }
   // Whether all of the warp's scores of the chunk are the window's.
   __device__ bool is_full() const {
-    constexpr std::uint32_t kWarpScores = kLanes * kScores;
+    constexpr std::uint32_t kWarpScores = kWarpSize * kScores;
     const std::uint32_t first = own_offset() / kWarpScores * kWarpScores;
     return first >= begin_ && first + kWarpScores <= left_;
   }
@@ -238,7 +239,7 @@ class TopkStream {
   // The counts of a warp's groups in one word.
   static constexpr int kCountBits = 32 / kGroups;
   static constexpr std::uint32_t kCountMask = ~0u >> (32 - kCountBits);
-  static_assert(kLanes * kGroup <= kCountMask);
+  static_assert(kWarpSize * kGroup <= kCountMask);
 
   // Up to the chunk for which there is no room.
   __device__ bool append_all(Stream& stream) {
@@ -259,12 +260,12 @@ class TopkStream {
     for (int g = 0; g < kGroups; ++g) {
       counts |= __popc(passes >> g * kGroup & ((1u << kGroup) - 1)) << g * kCountBits;
     }
-    const std::uint32_t inclusive = inclusive_sum_of_lanes(counts);
-    const std::uint32_t warp_counts = __shfl_sync(~0u, inclusive, kLanes - 1);
+    const std::uint32_t inclusive = warp_inclusive_sum(counts);
+    const std::uint32_t warp_counts = __shfl_sync(kAllLanes, inclusive, kWarpSize - 1);
     std::uint32_t warp_total = 0;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) warp_total += count_of_group(warp_counts, g);
-    const Sum sum = candidates_.sum_over_warps(warp_total);
+    const CtaSum sum = candidates_.sum_over_warps(warp_total);
     if (candidates_.count() + sum.total > capacity_) return false;
     std::uint32_t position = candidates_.count() + sum.before;
     candidates_.grow(sum.total, k_);
