@@ -71,6 +71,9 @@ constexpr Target kSm80 = {DeviceType::kCuda, sm80};
 constexpr Target kE4m3 = {DeviceType::kCuda, cuda::e4m3_products_run_on};
 constexpr const char* kIndexCuda = "H 1..128, D 32, 64 or 128";
 constexpr const char* kIndexE4m3 = "SM89 and newer; H 1..128, D 32, 64 or 128";
+constexpr const char* kSelectionResident =
+    "k up to 8192; rows of contiguous fp32, bf16, fp16 that registers hold: 16384 columns, of few "
+    "rows more";
 constexpr const char* kSelectionStream = "k up to 8192; rows of contiguous fp32, bf16, fp16";
 constexpr const char* kMqaTopkCuda = "H 1..128, D 32, 64 or 128; up to 2^24 keys";
 constexpr const char* kPagedMqaTopkCuda =
@@ -149,6 +152,8 @@ DSA_KERNELS(PagedMqaTopkParams,
                                                            index_head_dim, cpu::paged_mqa_topk})
 
 DSA_KERNELS(TopkSelectParams,
+            DSA_CUDA("portable_topk_select_resident", kSm80, kSelectionResident,
+                     cuda::topk_select_resident_takes, cuda::topk_select_resident)
             DSA_CUDA("portable_topk_select_stream", kSm80, kSelectionStream,
                      cuda::topk_select_stream_takes, cuda::topk_select_stream)
                 DSA_CUDA("portable_topk_select", kSm80, kSelection, any, cuda::topk_select){

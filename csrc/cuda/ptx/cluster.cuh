@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Clusters of CTAs (SM90). PTX ISA, "Special Registers: %cluster_ctarank" and others,
-// "barrier.cluster" and "mapa". Compiled for older GPUs, where nobody launches clusters, they trap.
+// "barrier.cluster", "mapa" and
+// "st.async". Compiled for older GPUs, where nobody launches clusters, they trap.
 #pragma once
 
 #include <cstdint>
+
+#include "cuda/ptx/mbarrier.cuh"
 
 namespace dsa::cuda::ptx {
 
@@ -47,6 +50,66 @@ __device__ __forceinline__ T& of_cta(T& shared, std::uint32_t rank) {
   return *reinterpret_cast<T*>(address);
 }
 
+// A CTA's share of a barrier that orders nothing but the mailboxes opened before it.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+
+// Waits for words that CTAs of the cluster send to this one, whose addresses are alike in each. Used
+// once. A tenth of a cluster barrier's time, which waits for all that its threads have written.
+struct Mailbox {
+  Mbarrier barrier;
+
+  // By one thread, before a fence_mailboxes() and a barrier of the cluster.
+  __device__ __forceinline__ void open(std::uint32_t bytes) {
+    mbarrier_init(barrier, 1);
+    mbarrier_arrive_expect(barrier, bytes);
+  }
+
+  // To `place` in the CTA of that rank.
+  __device__ __forceinline__ void send(std::uint32_t& place, std::uint32_t value,
+                                       std::uint32_t rank) {
+    asm volatile(
+        "{\n"
+        ".reg .u32 to, box;\n"
+        "mapa.shared::cluster.u32 to, %0, %3;\n"
+        "mapa.shared::cluster.u32 box, %2, %3;\n"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [to], %1, [box];\n"
+        "}" ::"r"(shared_address(&place)),
+        "r"(value), "r"(shared_address(&barrier)), "r"(rank)
+        : "memory");
+  }
+  // To it and the three after it; at a multiple of 16 bytes.
+  __device__ __forceinline__ void send(std::uint32_t& place, const uint4& values,
+                                       std::uint32_t rank) {
+    asm volatile(
+        "{\n"
+        ".reg .u32 to, box;\n"
+        "mapa.shared::cluster.u32 to, %0, %6;\n"
+        "mapa.shared::cluster.u32 box, %5, %6;\n"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [to], {%1, %2, %3, %4}, "
+        "[box];\n"
+        "}" ::"r"(shared_address(&place)),
+        "r"(values.x), "r"(values.y), "r"(values.z), "r"(values.w), "r"(shared_address(&barrier)),
+        "r"(rank)
+        : "memory");
+  }
+
+  // By each thread that reads what came.
+  __device__ __forceinline__ void wait() {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again_%=:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
+        "@!done bra again_%=;\n"
+        "}" ::"r"(shared_address(&barrier))
+        : "memory");
+  }
+};
+
+__device__ __forceinline__ void fence_mailboxes() { mbarrier_fence_init(); }
+
 #else
 
 __device__ __forceinline__ std::uint32_t cluster_rank() { return 0; }
@@ -59,6 +122,15 @@ __device__ __forceinline__ T& of_cta(T& shared, std::uint32_t) {
   __trap();
   return shared;
 }
+__device__ __forceinline__ void cluster_arrive_relaxed() { __trap(); }
+struct Mailbox {
+  std::uint64_t barrier;
+  __device__ void open(std::uint32_t) { __trap(); }
+  __device__ void send(std::uint32_t&, std::uint32_t, std::uint32_t) { __trap(); }
+  __device__ void send(std::uint32_t&, const uint4&, std::uint32_t) { __trap(); }
+  __device__ void wait() { __trap(); }
+};
+__device__ __forceinline__ void fence_mailboxes() { __trap(); }
 
 #endif
 

@@ -11,11 +11,11 @@
 #include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/ldst.cuh"
 #include "cuda/topk/cta_sum.cuh"
+#include "cuda/topk/histogram.cuh"
+#include "cuda/topk/output_row.cuh"
 #include "cuda/topk/score_key.cuh"
 
 namespace dsa::cuda::topk {
-
-inline constexpr int kMostCtas = 16;  // of a cluster
 
 template <typename Score, int kThreads>
 class Candidates {
@@ -24,11 +24,7 @@ class Candidates {
   // score's bits. They are appended where few threads of a warp have one, and looked at where all
   // have.
   using Item = uint2;
-  static constexpr int kWarps = kThreads / kWarpSize;
-  static constexpr int kNumBins = std::min(4 * kThreads, 2048);
-  static constexpr int kBinsPerThread = kNumBins / kThreads;
-  static constexpr int kDigitBits = 31 - __builtin_clz(kNumBins);
-  static_assert(1 << kDigitBits == kNumBins && kWarps <= kWarpSize);
+  using Histogram = CtaHistogram<kThreads>;
 
   // What the CTAs of a cluster have, each with its part of the row, one after another.
   struct Report {
@@ -37,36 +33,27 @@ class Candidates {
   };
 
   struct Shared {
-    alignas(16) std::uint32_t histogram[kNumBins];
-    std::uint32_t warp_totals[2][kWarps];
+    Histogram histogram;
     std::uint32_t num_ranked;  // items that have keys
     std::uint32_t largest;
-    std::uint32_t digit, count, wanted;  // the bin that holds the k-th largest; left to take of it
     Report reports[kMostCtas];
     alignas(16) Item items[1];  // and on
   };
 
   // At the start of the CTA's shared memory.
-  __device__ explicit Candidates(void* shared) : address_(ptx::pinned_shared_address(shared)) {
+  __device__ explicit Candidates(void* memory) : address_(ptx::pinned_shared_address(memory)) {
+    shared().histogram.clear();
     set_ranked();
   }
 
   __device__ std::uint32_t count() const { return count_; }
   // Lower keys are no candidates any more.
   __device__ std::uint32_t at_least() const { return at_least_; }
-  __device__ std::uint32_t column(std::uint32_t i) const { return shared().items[i].x; }
+  __device__ SharedColumns<2> columns() const { return {&shared().items[0].x}; }
 
   // A barrier. Sums a value of each warp, which its last lane has.
   __device__ CtaSum sum_over_warps(std::uint32_t warp_total) {
-    // Two buffers in turn: the next sum's barrier stands between these reads and a rewrite.
-    std::uint32_t (&totals)[kWarps] = shared().warp_totals[turn_];
-    turn_ ^= 1;
-    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    if (lane == kWarpSize - 1) totals[warp] = warp_total;
-    __syncthreads();
-    const std::uint32_t total = lane < kWarps ? totals[lane] : 0;
-    return {__reduce_add_sync(kAllLanes, lane < warp ? total : 0),
-            __reduce_add_sync(kAllLanes, total)};
+    return topk::sum_over_warps<kThreads>(shared().histogram.warp_totals, turn_, warp_total);
   }
 
   // Where append_if() puts (column, score's bits).
@@ -140,15 +127,6 @@ class Candidates {
     std::uint32_t lowest, largest;
   };
 
-  // Taken: keys from at_least on, and the first num_ties, in column order, of those one below.
-  struct Threshold {
-    std::uint32_t at_least = 0;
-    std::uint32_t num_ties = 0;
-
-    __device__ bool takes(std::uint32_t key) const { return key >= at_least; }
-    __device__ bool ties(std::uint32_t key) const { return key + 1 == at_least; }
-  };
-
   __device__ Shared& shared() const {
     return *static_cast<Shared*>(__cvta_shared_to_generic(address_));
   }
@@ -189,17 +167,6 @@ class Candidates {
     if (threadIdx.x == 0) shared().num_ranked = count_;
   }
 
-  // This thread's bins; those of lower threads hold larger digits.
-  static __device__ int first_bin() { return kNumBins - kBinsPerThread * (threadIdx.x + 1); }
-
-  struct alignas(4 * kBinsPerThread) Bins {
-    std::uint32_t counts[kBinsPerThread];
-  };
-
-  __device__ void clear_own_bins() const {
-    *reinterpret_cast<Bins*>(&shared().histogram[first_bin()]) = Bins{};
-  }
-
   template <typename Visit>
   __device__ void for_each_key(Visit&& visit) const {
 #pragma unroll 4
@@ -235,7 +202,7 @@ class Candidates {
 
   // Digit after digit of key - lowest, from the highest that tells keys of the range apart. Keys
   // with the same digits so far are taken as well if they are `slack` at most. for_each(visit)
-  // calls visit(key) for the thread's keys.
+  // calls visit(key) for the thread's keys. After a barrier.
   template <typename ForEach>
   __device__ Threshold find_threshold(Range range, std::uint32_t wanted, std::uint32_t slack,
                                       ForEach&& for_each) {
@@ -243,49 +210,19 @@ class Candidates {
     int bits = 32 - __clz(range.largest - base);
     std::uint32_t span = range.largest - base;  // of keys that may be the k-th largest
     while (true) {
-      const int shift = std::max(bits - kDigitBits, 0);
-      clear_own_bins();
-      __syncthreads();
-      // An atomicAdd of 1 without a result counts the lanes that share an address in one step.
+      const int shift = std::max(bits - Histogram::kDigitBits, 0);
       for_each([&](std::uint32_t key) {
         const std::uint32_t above = key - base;
-        if (above <= span) atomicAdd(&shared().histogram[above >> shift], 1u);
+        if (above <= span) shared().histogram.bins.add(above >> shift);
       });
-      __syncthreads();
-      find_bin(wanted);
-      base += shared().digit << shift;
-      wanted = shared().wanted;
-      if (shared().count - wanted <= slack) return {base, 0};
+      const FoundBin bin = shared().histogram.find(0, wanted, turn_);
+      base += bin.digit << shift;
+      wanted = bin.wanted;
+      if (bin.count - wanted <= slack) return {base, 0};
       if (shift == 0) return {base + 1, wanted};
       bits = shift;
       span = (1u << shift) - 1;
     }
-  }
-
-  // Writes the bin that holds the key of rank `wanted`, from 1, largest first. There is one.
-  __device__ void find_bin(std::uint32_t wanted) {
-    const Bins own = *reinterpret_cast<const Bins*>(&shared().histogram[first_bin()]);
-    std::uint32_t sum = 0;
-    for (const std::uint32_t count : own.counts) sum += count;
-    const std::uint32_t inclusive = warp_inclusive_sum(sum);
-    const std::uint32_t larger = sum_over_warps(inclusive).before + inclusive - sum;
-    if (larger < wanted && wanted <= larger + sum) {  // one thread
-      std::uint32_t left = wanted - larger;
-      int bin = kBinsPerThread - 1;
-      std::uint32_t count = own.counts[bin];
-#pragma unroll
-      for (int b = kBinsPerThread - 1; b > 0; --b) {
-        if (bin == b && left > own.counts[b]) {
-          left -= own.counts[b];
-          bin = b - 1;
-          count = own.counts[b - 1];
-        }
-      }
-      shared().digit = first_bin() + bin;
-      shared().count = count;
-      shared().wanted = left;
-    }
-    __syncthreads();
   }
 
   // Keeps what the threshold takes, in order and in place: what a barrier has let all threads read

@@ -5,7 +5,6 @@
 
 #include <cuda_fp16.h>
 
-#include <algorithm>
 #include <cstdint>
 
 #include "core/float_bits.h"
@@ -37,12 +36,13 @@ struct F16Score {
   static __device__ float ranked(Bits bits) { return __half2float(__ushort_as_half(bits)); }
 };
 
-// NaN, lowest of all, would be 0; it becomes 1, which is still below -inf in each type.
+// NaN, lowest of all, has the key 1, which is still below -inf's in each type.
 template <typename Score>
 __device__ std::uint32_t score_key(typename Score::Bits bits) {
   constexpr std::uint32_t kMinusInf = ordered_key(float_from_bits(kF32SignBit | kF32InfBits));
   static_assert(kMinusInf >> (32 - Score::kKeyBits) > 1u);
-  return std::max(ordered_key(Score::ranked(bits)) >> (32 - Score::kKeyBits), 1u);
+  const float score = Score::ranked(bits);
+  return score != score ? 1u : ordered_key_of_number(score) >> (32 - Score::kKeyBits);
 }
 
 }  // namespace dsa::cuda::topk

@@ -28,6 +28,7 @@
 #include "cuda/topk/candidates.cuh"
 #include "cuda/topk/cta_sum.cuh"
 #include "cuda/topk/output_row.cuh"
+#include "cuda/topk/row_part.cuh"
 #include "cuda/topk/score_key.cuh"
 #include "dsa/params.h"
 
@@ -291,26 +292,13 @@ class TopkStream {
   std::uint32_t capacity_, k_;
 };
 
-// Which row a CTA has, and which part of it. Asked for again rather than kept in registers.
-template <bool kInCluster>
-struct Place {
-  static __device__ std::int64_t row() {
-    if constexpr (kInCluster) return ptx::cluster_index();
-    std::uint32_t row;
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(row));
-    return row;
-  }
-  static __device__ std::uint32_t part() { return kInCluster ? ptx::cluster_rank() : 0; }
-  static __device__ std::uint32_t parts() { return kInCluster ? ptx::cluster_size() : 1; }
-};
-
 template <typename Score, int kThreads, bool kInCluster>
 __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
     portable_topk_select_stream_kernel(const __grid_constant__ TopkTask task,
                                        std::uint32_t capacity) {
   using Stream = ScoreStream<Score, kThreads>;
   using Kept = Candidates<Score, kThreads>;
-  using Own = Place<kInCluster>;
+  using Own = RowPart<kInCluster>;
   extern __shared__ uint4 shared_bytes[];
 
   if constexpr (kInCluster) ptx::cluster_arrive();
@@ -318,15 +306,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
   const RowWindow window(task, Own::row());
   const auto size = static_cast<std::uint32_t>(window.size());
   if (size <= k) {
-    const OutputRow<Score> out(task, Own::row());
-    for (std::uint32_t i = Own::part() * kThreads + threadIdx.x; i < k;
-         i += Own::parts() * kThreads) {
-      if (i < size) {
-        out.write(i, window.begin + i);
-      } else {
-        out.pad(i);
-      }
-    }
+    write_short_row<Score, Own>(task, window);
     if constexpr (kInCluster) ptx::cluster_wait();
     return;
   }
@@ -369,9 +349,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
     if (candidates.count() > k) candidates.keep(k);
   }
   __syncthreads();
-  OutputRow<Score>(task, Own::row()).template write_all<kThreads>(k, [&](std::uint32_t i) {
-    return candidates.column(i);
-  });
+  OutputRow<Score>::write_all(task, Own::row(), 0, k, candidates.columns());
 }
 
 }  // namespace dsa::cuda::topk
