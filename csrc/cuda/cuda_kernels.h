@@ -41,6 +41,9 @@ std::int64_t paged_mqa_topk_workspace_bytes(const PagedMqaTopkParams& params);
 // cuda/topk
 Support topk_select_resident_takes(const TopkSelectParams& params);
 Status topk_select_resident(const TopkSelectParams& params);
+Support topk_select_split_takes(const TopkSelectParams& params);
+Status topk_select_split(const TopkSelectParams& params);
+std::int64_t topk_select_split_workspace_bytes(const TopkSelectParams& params);
 Support topk_select_stream_takes(const TopkSelectParams& params);
 Status topk_select_stream(const TopkSelectParams& params);
 Status topk_select(const TopkSelectParams& params);

@@ -74,6 +74,8 @@ constexpr const char* kIndexE4m3 = "SM89 and newer; H 1..128, D 32, 64 or 128";
 constexpr const char* kSelectionResident =
     "k up to 8192; rows of contiguous fp32, bf16, fp16 that registers hold: 16384 columns, of few "
     "rows more";
+constexpr const char* kSelectionSplit =
+    "k up to 8192; few rows of more than 524288 contiguous fp32, bf16, fp16";
 constexpr const char* kSelectionStream = "k up to 8192; rows of contiguous fp32, bf16, fp16";
 constexpr const char* kMqaTopkCuda = "H 1..128, D 32, 64 or 128; up to 2^24 keys";
 constexpr const char* kPagedMqaTopkCuda =
@@ -154,10 +156,13 @@ DSA_KERNELS(PagedMqaTopkParams,
 DSA_KERNELS(TopkSelectParams,
             DSA_CUDA("portable_topk_select_resident", kSm80, kSelectionResident,
                      cuda::topk_select_resident_takes, cuda::topk_select_resident)
-            DSA_CUDA("portable_topk_select_stream", kSm80, kSelectionStream,
-                     cuda::topk_select_stream_takes, cuda::topk_select_stream)
-                DSA_CUDA("portable_topk_select", kSm80, kSelection, any, cuda::topk_select){
-                    "cpu_topk_select", kCpu, kSelection, any, cpu::topk_select})
+                DSA_CUDA("portable_topk_select_split", kSm80, kSelectionSplit,
+                         cuda::topk_select_split_takes, cuda::topk_select_split,
+                         cuda::topk_select_split_workspace_bytes)
+                    DSA_CUDA("portable_topk_select_stream", kSm80, kSelectionStream,
+                             cuda::topk_select_stream_takes, cuda::topk_select_stream)
+                        DSA_CUDA("portable_topk_select", kSm80, kSelection, any, cuda::topk_select){
+                            "cpu_topk_select", kCpu, kSelection, any, cpu::topk_select})
 
 DSA_KERNELS(MapToSlotsParams,
             DSA_CUDA("portable_map_to_slots", kSm80, "any", any, cuda::map_to_slots){

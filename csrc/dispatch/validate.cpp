@@ -200,6 +200,7 @@ Status validate(const TopkSelectParams& p) {
     c.that(p.page_size == 0, "page_size", "None without block_table", p.page_size);
   }
   topk_outputs(c, "out", p.indices, p.out_scores, "R", p.topk);
+  workspace(c, p.workspace);
   return c.take();
 }
 

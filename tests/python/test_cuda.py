@@ -581,7 +581,50 @@ def test_selection_campaign(kind):
         assert_same_bits(got, selected(scores, k, starts, ends))
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(1, 8192), (3, 131072), (40, 70_000), (300, 20_000)])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(1, 2**20), (2, 524_289), (4, 600_001), (1, 5_000_003), (7, 530_000)]
+)
+@pytest.mark.parametrize("kind", ["random", "zeros", "odd", "mostly nan", "rising", "block"])
+def test_selection_from_windows_of_very_long_rows(rows, columns, kind):
+    pick = random.Random(f"{rows} {columns} {kind}")
+    make_rows = long_rows if kind in LONG_KINDS else misleading_rows
+    scores = make_rows(kind, rows, columns).to(pick.choice((FP32, BF16, torch.float16)))
+    for k in (1, pick.randint(2, 2000), 2048, 8192):
+        starts = torch.randint(-5, columns // 2, (rows,), dtype=INT32, device=DEVICE)
+        sizes = torch.randint(0, pick.choice((1000, 9000, 100_000, columns)), (rows,))
+        ends = starts + int32(sizes, DEVICE)
+        got = dsa_ext.topk_select(scores, k, starts, ends)
+        assert_same_bits(got, selected(scores, k, starts, ends))
+    whole = torch.zeros_like(starts), torch.full_like(starts, INT_MAX)
+    got, kept = dsa_ext.topk_select(scores, 2048, return_scores=True)
+    assert_same_bits(got, selected(scores, 2048, *whole))
+    assert_equal_values(kept, scores.gather(1, got.long()).float())
+
+
+@pytest.mark.parametrize("columns", [3000, 20_000, 131072, 700_000])
+def test_slots_of_long_rows(columns):
+    """As map_to_slots maps them, past what the page table has and what fits 32 bits too."""
+    rows, page_size = 3, 48
+    scores = long_rows("random", rows, columns)
+    table = torch.randint(-3, 60_000_000, (2, columns // 60), dtype=INT32, device=DEVICE)
+    request = torch.tensor([1, 7, 0], dtype=INT32, device=DEVICE)
+    base = torch.tensor([5, 0, -17], dtype=INT32, device=DEVICE)
+    for k in (700, 2900):
+        got = dsa_ext.topk_select(
+            scores,
+            k,
+            index_base=base,
+            block_table=table,
+            page_size=page_size,
+            row_to_request=request,
+        )
+        tokens = dsa_ext.topk_select(scores, k, index_base=base)
+        assert_same_bits(got, dsa_ext.map_to_slots(tokens, table, page_size, request))
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(1, 8192), (3, 131072), (40, 70_000), (300, 20_000), (2, 2**20)]
+)
 def test_selection_is_the_same_in_every_run_and_batch(rows, columns):
     scores = long_rows("zeros", rows, columns)
     first = dsa_ext.topk_select(scores, 2048)

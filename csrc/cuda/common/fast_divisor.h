@@ -49,7 +49,11 @@ class FastDivisor31 {
 
   DSA_HOST_DEVICE std::uint32_t divisor() const { return divisor_; }
   DSA_HOST_DEVICE std::uint32_t quotient(std::uint32_t n) const {
+#ifdef __CUDA_ARCH__
+    return __umulhi(n << 1, magic_) >> log2_;
+#else
     return static_cast<std::uint32_t>(std::uint64_t{n << 1} * magic_ >> 32) >> log2_;
+#endif
   }
 
  private:

@@ -19,6 +19,7 @@ namespace dsa::cuda {
 namespace {
 
 Status select_rows(const TopkSelectParams& p) {
+  if (topk_select_resident_takes(p).ok()) return topk_select_resident(p);
   return topk_select_stream_takes(p).ok() ? topk_select_stream(p) : topk_select(p);
 }
 

@@ -49,7 +49,7 @@ class Candidates {
   __device__ std::uint32_t count() const { return count_; }
   // Lower keys are no candidates any more.
   __device__ std::uint32_t at_least() const { return at_least_; }
-  __device__ SharedColumns<2> columns() const { return {&shared().items[0].x}; }
+  __device__ SharedColumns<2> columns() const { return {address_of(0)}; }
 
   // A barrier. Sums a value of each warp, which its last lane has.
   __device__ CtaSum sum_over_warps(std::uint32_t warp_total) {

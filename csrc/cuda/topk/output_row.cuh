@@ -8,6 +8,7 @@
 
 #include "core/page_table.h"
 #include "cuda/common/fast_divisor.h"
+#include "cuda/ptx/ldst.cuh"
 #include "dsa/params.h"
 
 namespace dsa::cuda::topk {
@@ -58,6 +59,7 @@ struct TopkTask {
   std::int32_t columns;
   std::uint32_t k;
   RowInts starts, ends;
+  FastDivisor31 pieces;  // of a window, each selected from as if it was a row
 
   std::int32_t* indices;
   std::int64_t indices_stride;
@@ -66,9 +68,10 @@ struct TopkTask {
   RowInts bases;
   std::int32_t base;
   bool as_slots;
-  bool has_rows;                 // each request
-  FastDivisor31 page_size;       // with as_slots
-  FastDivisor rows_per_request;  // with as_slots, and without requests
+  FastDivisor31 page_size;         // with as_slots
+  std::uint32_t last_entry;        // of the page table that has slots of 31 bits
+  FastDivisor31 rows_per_request;  // with as_slots, and without requests
+  std::int64_t rows_each;          // the same number
   RowInts requests;
   RequestPages pages;
   std::int64_t rows;
@@ -88,24 +91,33 @@ struct TopkTask {
         bases(p.index_base),
         base(static_cast<std::int32_t>(p.index_base_scalar)),
         as_slots(p.block_table.defined()),
-        page_size(std::min(p.page_size, std::int64_t{1} << 31)),  // which holds all small tokens
+        page_size(p.page_size),
+        last_entry(((1u << 31) - 1) / page_size.divisor()),
         requests(p.row_to_request),
         pages(p.block_table, p.page_size),
         rows(p.scores.size(0)) {
-    const std::int64_t rows_each = pages.requests > 0 ? rows / pages.requests : 0;
-    has_rows = rows_each > 0;
-    rows_per_request = FastDivisor(rows_each);
+    rows_each = pages.requests > 0 ? rows / pages.requests : 0;
+    // Of 31 bits, which is more than all rows that it is asked about.
+    rows_per_request = FastDivisor31(std::min(rows_each, std::int64_t{1} << 31));
   }
+
+  __device__ bool has_pieces() const { return pieces.divisor() > 1; }
 
   template <typename Bits>
   __device__ const Bits* row_scores(std::int64_t row) const {
+    if (has_pieces()) row = pieces.quotient(static_cast<std::uint32_t>(row));
     return static_cast<const Bits*>(scores) + row * row_stride;
   }
 
   // A negative one has no pages.
   __device__ std::int64_t request(std::int64_t row) const {
     if (requests.values != nullptr) return requests.value_or(row, -1);
-    return has_rows ? rows_per_request.quotient(row) : -1;
+    return rows_each > 0 ? quotient(row, rows_each) : -1;
+  }
+  __device__ std::int32_t request_of_31_bits(std::int64_t row) const {
+    if (requests.values != nullptr) return requests.value_or(row, -1);
+    if (rows_each == 0) return -1;
+    return static_cast<std::int32_t>(rows_per_request.quotient(static_cast<std::uint32_t>(row)));
   }
 };
 
@@ -113,8 +125,8 @@ struct RowWindow {
   int begin;
   int end;  // at least begin
 
-  // All columns of a row.
-  __device__ explicit RowWindow(const TopkTask& task) : begin(0), end(task.columns) {}
+  __device__ RowWindow(int begin, int end) : begin(begin), end(end) {}
+  // Of a row of the scores.
   __device__ RowWindow(const TopkTask& task, std::int64_t row) {
     begin = std::max(task.starts.value_or(row, 0), 0);
     end = std::max(std::min(task.ends.value_or(row, task.columns), task.columns), begin);
@@ -123,14 +135,41 @@ struct RowWindow {
   __device__ int size() const { return end - begin; }
 };
 
-// Columns in shared memory, each kStride words after the one before.
-template <int kStride>
-struct SharedColumns {
-  const std::uint32_t* first;
+// Equal pieces of a window, the last of them shorter or empty. None has fewer than k columns but
+// the last, so that the k best of each stand one after another in k places a piece.
+struct WindowPieces {
+  RowWindow window;
+  std::uint32_t each;
 
-  __device__ std::uint32_t operator[](std::uint32_t i) const { return first[i * kStride]; }
+  __device__ WindowPieces(const RowWindow& window, const FastDivisor31& pieces, std::uint32_t k)
+      : window(window) {
+    const auto size = static_cast<std::uint32_t>(window.size());
+    each = size > 0 ? std::max(pieces.quotient(size - 1) + 1, k) : 1;
+  }
+
+  __device__ RowWindow piece(std::uint32_t i) const {
+    const auto size = static_cast<std::uint32_t>(window.size());
+    const std::uint32_t first = std::min(i * each, size);
+    return {window.begin + static_cast<int>(first),
+            window.begin + static_cast<int>(std::min(first + each, size))};
+  }
+  // Of all pieces.
+  __device__ std::uint32_t num_selected(std::uint32_t k) const {
+    const auto size = static_cast<std::uint32_t>(window.size());
+    const std::uint32_t full = size / each;
+    return full * k + std::min(size - full * each, k);
+  }
 };
 
+// What is selected from at a time: a row, or a piece of one.
+__device__ inline RowWindow window_of(const TopkTask& task, std::int64_t row) {
+  if (!task.has_pieces()) return {task, row};
+  const std::uint32_t of_row = task.pieces.quotient(static_cast<std::uint32_t>(row));
+  return WindowPieces(RowWindow(task, of_row), task.pieces, task.k)
+      .piece(static_cast<std::uint32_t>(row) - of_row * task.pieces.divisor());
+}
+
+// An element of a row's output at a time.
 template <typename Score>
 class OutputRow {
  public:
@@ -155,100 +194,12 @@ class OutputRow {
     if (task_.out_scores != nullptr) scores()[i] = -std::numeric_limits<float>::infinity();
   }
 
-  // write() of a selection, by a CTA: columns[i] to first + i, up to `count`. What not every call
-  // asks for is a call of its own, out of the way of a kernel's first run.
-  template <typename Columns>
-  static __device__ void write_all(const TopkTask& task, std::int64_t row, std::uint32_t first,
-                                   std::uint32_t count, Columns columns) {
-    if (task.as_slots) {
-      write_slots(task, row, first, count, columns);
-    } else {
-      const std::int64_t base = task.bases.value_or(row, task.base);
-      std::int32_t* const to = task.indices + row * task.indices_stride + first;
-      for_each_column(count, columns, [](std::uint32_t column) { return column; },
-                      [&](std::uint32_t i, std::uint32_t column) {
-                        to[i] = narrow_or_invalid(base + column);
-                      });
-    }
-    if (task.out_scores != nullptr) write_scores(task, row, first, count, columns);
-  }
-
- private:
   __device__ std::int32_t index(std::int64_t column) const {
     const std::int64_t index = base_ + column;
     return narrow_or_invalid(task_.as_slots ? pages_.slot(index) : index);
   }
 
-  template <typename Columns>
-  static __device__ __noinline__ void write_slots(const TopkTask& task, std::int64_t row,
-                                                  std::uint32_t first, std::uint32_t count,
-                                                  Columns columns) {
-    const OutputRow out(task, row);
-    std::int32_t* const to = out.indices_ + first;
-    if (out.base_ >= 0 && out.base_ + task.columns <= std::int64_t{1} << 31) {
-      out.write_small_tokens(to, count, columns);
-    } else {
-      for (std::uint32_t i = threadIdx.x; i < count; i += blockDim.x) {
-        to[i] = out.index(columns[i]);
-      }
-    }
-  }
-
-  // Of 31 bits, several of which are looked up together.
-  template <typename Columns>
-  __device__ void write_small_tokens(std::int32_t* to, std::uint32_t count,
-                                     Columns columns) const {
-    struct Place {
-      std::int32_t entry;
-      std::uint32_t offset;
-    };
-    const auto width = static_cast<std::uint32_t>(std::min<std::int64_t>(pages_.width, 1u << 31));
-    const std::uint32_t page_size = task_.page_size.divisor();
-    for_each_column(
-        count, columns,
-        [&](std::uint32_t column) {
-          const std::uint32_t token = static_cast<std::uint32_t>(base_) + column;
-          const std::uint32_t page = task_.page_size.quotient(token);
-          return Place{page < width ? pages_.entries[page] : -1, token - page * page_size};
-        },
-        [&](std::uint32_t i, const Place& place) {
-          const std::uint64_t slot =
-              std::uint64_t{static_cast<std::uint32_t>(place.entry)} * page_size + place.offset;
-          to[i] = place.entry >= 0 && slot >> 31 == 0 ? static_cast<std::int32_t>(slot) : -1;
-        });
-  }
-
-  template <typename Columns>
-  static __device__ __noinline__ void write_scores(const TopkTask& task, std::int64_t row,
-                                                   std::uint32_t first, std::uint32_t count,
-                                                   Columns columns) {
-    const OutputRow out(task, row);
-    float* const to = out.scores() + first;
-    for_each_column(
-        count, columns, [&](std::uint32_t column) { return out.score(column); },
-        [&](std::uint32_t i, float score) { to[i] = score; });
-  }
-
-  // put(i, look_up(columns[i])) by a CTA. A thread has several looked up together.
-  template <typename Columns, typename LookUp, typename Put>
-  static __device__ void for_each_column(std::uint32_t count, Columns columns, LookUp&& look_up,
-                                         Put&& put) {
-    constexpr int kTogether = 4;
-    for (std::uint32_t first = threadIdx.x; first < count; first += kTogether * blockDim.x) {
-      decltype(look_up(0u)) found[kTogether];
-#pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        const std::uint32_t i = first + j * blockDim.x;
-        found[j] = look_up(columns[i < count ? i : first]);
-      }
-#pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        const std::uint32_t i = first + j * blockDim.x;
-        if (i < count) put(i, found[j]);
-      }
-    }
-  }
-
+ private:
   __device__ float* scores() const { return task_.out_scores + row_ * task_.out_scores_stride; }
   __device__ float score(std::int64_t column) const {
     using Bits = typename Score::Bits;
@@ -261,5 +212,137 @@ class OutputRow {
   std::int32_t* indices_;
   PageTableRow pages_;
 };
+
+// ---- by a CTA -----------------------------------------------------------------------------------
+// What not every call asks for is a call of its own, out of the way of a kernel's first run, and
+// has by value what it works on: reads of the task through a reference are slow.
+
+// Columns in shared memory, each kStride words after the one before.
+template <int kStride>
+struct SharedColumns {
+  std::uint32_t address;
+
+  __device__ std::uint32_t operator[](int i) const {
+    return static_cast<const std::uint32_t*>(__cvta_shared_to_generic(address))[i * kStride];
+  }
+};
+
+// Columns one after another.
+struct ColumnRange {
+  std::uint32_t first;
+
+  __device__ std::uint32_t operator[](int i) const { return first + i; }
+};
+
+// put(i, look_up(columns[i])). A thread has several looked up together.
+template <int kThreads, typename Columns, typename LookUp, typename Put>
+__device__ void for_each_column(int count, Columns columns, LookUp&& look_up, Put&& put) {
+  constexpr int kTogether = 4;
+  int i = threadIdx.x;  // signed, so that the four have one address
+  for (; i + (kTogether - 1) * kThreads < count; i += kTogether * kThreads) {
+    decltype(look_up(0u)) found[kTogether];
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) found[j] = look_up(columns[i + j * kThreads]);
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) put(i + j * kThreads, found[j]);
+  }
+#pragma unroll 1
+  for (; i < count; i += kThreads) put(i, look_up(columns[i]));
+}
+
+// A row of a page table for tokens of 31 bits, `base` and a column.
+struct SmallTokens {
+  const std::int32_t* entries;
+  std::uint32_t width;
+  std::uint32_t base;
+  std::uint32_t last_entry;  // that has slots of 31 bits
+  FastDivisor31 page_size;
+
+  __device__ SmallTokens(const TopkTask& task, std::int64_t row, std::int64_t base)
+      : base(static_cast<std::uint32_t>(base)),
+        last_entry(task.last_entry),
+        page_size(task.page_size) {
+    const PageTableRow pages = task.pages.row(task.request_of_31_bits(row));
+    entries = pages.entries;
+    width = static_cast<std::uint32_t>(std::min<std::int64_t>(pages.width, 1u << 31));
+  }
+  static __device__ bool are(const TopkTask& task, std::int64_t base) {
+    return base >= 0 && base + task.columns <= std::int64_t{1} << 31;
+  }
+
+  struct Place {
+    std::uint32_t token, page, entry;
+  };
+  __device__ Place place(std::uint32_t column) const {
+    const std::uint32_t token = base + column;
+    const std::uint32_t page = page_size.quotient(token);
+    return {token, page, page < width ? static_cast<std::uint32_t>(__ldg(entries + page)) : ~0u};
+  }
+  __device__ std::int32_t slot(const Place& at) const {
+    // Up to last_entry slots have 32 bits.
+    const auto slot =
+        static_cast<std::int32_t>((at.entry - at.page) * page_size.divisor() + at.token);
+    return at.entry <= last_entry && slot >= 0 ? slot : static_cast<std::int32_t>(kInvalidSlot);
+  }
+};
+
+template <int kThreads, typename Columns>
+__device__ __noinline__ void write_slots(std::int32_t* to, std::uint32_t count, Columns columns,
+                                         SmallTokens tokens) {
+  for_each_column<kThreads>(
+      count, columns, [&](std::uint32_t column) { return tokens.place(column); },
+      [&](int i, const SmallTokens::Place& at) { to[i] = tokens.slot(at); });
+}
+
+template <typename Score, int kThreads, typename Columns>
+__device__ __noinline__ void write_any_slots(const TopkTask& task, std::int64_t row,
+                                             std::int32_t* to, std::uint32_t count,
+                                             Columns columns) {
+  const OutputRow<Score> out(task, row);
+  for (std::uint32_t i = threadIdx.x; i < count; i += kThreads) to[i] = out.index(columns[i]);
+}
+
+template <typename Score, int kThreads, typename Columns>
+__device__ __noinline__ void write_scores(float* to, std::uint32_t count, Columns columns,
+                                          const typename Score::Bits* scores) {
+  for_each_column<kThreads>(
+      count, columns, [&](std::uint32_t column) { return __ldg(scores + column); },
+      [&](int i, typename Score::Bits bits) { to[i] = Score::to_float(bits); });
+}
+
+// Selected columns, which become [first, first + count) of the row's output. Scores are contiguous.
+template <typename Score, int kThreads, typename Columns>
+__device__ void write_columns(const TopkTask& task, std::int64_t row, std::uint32_t first,
+                              std::uint32_t count, Columns columns) {
+  const std::int64_t base = task.bases.value_or(row, task.base);
+  std::int32_t* const to = task.indices + row * task.indices_stride + first;
+  if (!task.as_slots) {
+    for_each_column<kThreads>(
+        count, columns, [](std::uint32_t column) { return column; },
+        [&](int i, std::uint32_t column) { to[i] = narrow_or_invalid(base + column); });
+  } else if (SmallTokens::are(task, base)) {
+    write_slots<kThreads>(to, count, columns, SmallTokens(task, row, base));
+  } else {
+    write_any_slots<Score, kThreads>(task, row, to, count, columns);
+  }
+  if (task.out_scores != nullptr) {
+    write_scores<Score, kThreads>(task.out_scores + row * task.out_scores_stride + first, count,
+                                  columns, task.row_scores<typename Score::Bits>(row));
+  }
+}
+
+// Into L2, by the CTA's first warp: the entries of a page table that columns of a window need.
+__device__ inline void prefetch_pages(const TopkTask& task, std::int64_t row, RowWindow window) {
+  if (!task.as_slots || threadIdx.x >= 32) return;
+  const std::int64_t base = task.bases.value_or(row, task.base);
+  if (!SmallTokens::are(task, base)) return;
+  constexpr std::uint32_t kLine = 128 / sizeof(std::int32_t);
+  const SmallTokens tokens(task, row, base);
+  const std::uint32_t last = tokens.page_size.quotient(tokens.base + window.end - 1);
+  std::uint32_t page = tokens.page_size.quotient(tokens.base + window.begin) + threadIdx.x * kLine;
+  for (; page <= last && page < tokens.width; page += 32 * kLine) {
+    ptx::prefetch_l2(tokens.entries + page);
+  }
+}
 
 }  // namespace dsa::cuda::topk

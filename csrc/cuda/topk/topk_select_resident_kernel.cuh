@@ -29,8 +29,8 @@
 
 namespace dsa::cuda::topk {
 
-// Consecutive columns of a row, their scores and then their keys in the registers of a CTA: by warp,
-// register, lane.
+// Consecutive columns of a row, their scores and then their keys in the registers of a CTA: by
+// warp, register, lane.
 template <typename Score, int kThreads, int kKeys>
 class ResidentKeys {
  public:
@@ -101,8 +101,8 @@ class ResidentTopk {
   using Keys = ResidentKeys<Score, kThreads, kKeys>;
   static constexpr int kDigitBits = Bins<kThreads>::kDigitBits;
   static constexpr int kDigits = ceil_div(Score::kKeyBits, kDigitBits);
-  using Histogram = std::conditional_t<kInCluster, ClusterHistogram<kThreads, kDigits>,
-                                       CtaHistogram<kThreads>>;
+  using Histogram =
+      std::conditional_t<kInCluster, ClusterHistogram<kThreads, kDigits>, CtaHistogram<kThreads>>;
 
   struct Shared {
     Histogram histogram;
@@ -175,8 +175,17 @@ class ResidentTopk {
     return first;
   }
 
+  // What is taken are places of a list.
+  __device__ void look_up(const std::int32_t* columns) {
+    for (std::uint32_t i = threadIdx.x; i < count_; i += kThreads) {
+      shared().columns[i] = columns[shared().columns[i]];
+    }
+  }
+
   __device__ std::uint32_t count() const { return count_; }
-  __device__ SharedColumns<1> columns() const { return {shared().columns}; }
+  __device__ SharedColumns<1> columns() const {
+    return {address_ + static_cast<std::uint32_t>(offsetof(Shared, columns))};
+  }
 
  private:
   // Two counts in one word: keys taken, and ties.
@@ -186,7 +195,8 @@ class ResidentTopk {
     return *static_cast<Shared*>(__cvta_shared_to_generic(address_));
   }
 
-  // Of `wanted` ties leaves those after the ties of lower CTAs; returns how many columns these take.
+  // Of `wanted` ties leaves those after the ties of lower CTAs; returns how many columns these
+  // take.
   __device__ std::uint32_t report(std::uint32_t total, std::uint32_t& wanted) {
     const std::uint32_t lower = shared().histogram.tell(total);
     const std::uint32_t taken = __reduce_add_sync(kAllLanes, lower % kOneTie);
@@ -209,21 +219,59 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
   extern __shared__ uint4 shared_bytes[];
 
   ResidentTopk<Score, kThreads, kKeys, kInCluster> topk(shared_bytes);
-  RowWindow window(task);
-  if (!early) window = RowWindow(task, Own::row());
+  RowWindow window(0, task.columns);
+  if (!early) window = window_of(task, Own::row());
   ResidentKeys<Score, kThreads, kKeys> keys(task.row_scores<typename Score::Bits>(Own::row()),
                                             window, Own::part(), Own::parts());
-  if (early) window = RowWindow(task, Own::row());
+  if (early) window = window_of(task, Own::row());
   topk.wait_for_all();
   if (window.size() <= task.k) {
-    write_short_row<Score, Own>(task, window);
+    write_short_row<Score, kThreads, Own>(task, window);
     return;
   }
+  prefetch_pages(task, Own::row(), window);
   keys.rank(window);
   const Threshold threshold = topk.find_threshold(keys, task.k);
   const std::uint32_t first = topk.take(keys, threshold);
   __syncthreads();
-  OutputRow<Score>::write_all(task, Own::row(), first, topk.count(), topk.columns());
+  write_columns<Score, kThreads>(task, Own::row(), first, topk.count(), topk.columns());
+}
+
+// What was selected of each piece of each row: scores and columns [rows, pieces * k].
+struct PieceLists {
+  const float* scores;
+  const std::int32_t* columns;
+  FastDivisor31 pieces;
+};
+
+// The k best of a row, of whose pieces the k best are known.
+template <typename Score, int kThreads, int kKeys>
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
+    portable_topk_select_listed_kernel(const __grid_constant__ PieceLists lists,
+                                       const __grid_constant__ TopkTask task) {
+  using Own = RowPart<false>;
+  extern __shared__ uint4 shared_bytes[];
+
+  ResidentTopk<F32Score, kThreads, kKeys, false> topk(shared_bytes);
+  const std::uint32_t places = lists.pieces.divisor() * task.k;
+  const std::int64_t first = Own::row() * places;
+  ResidentKeys<F32Score, kThreads, kKeys> keys(
+      reinterpret_cast<const std::uint32_t*>(lists.scores) + first,
+      RowWindow(0, static_cast<int>(places)), 0, 1);
+  const RowWindow window(task, Own::row());
+  if (window.size() <= task.k) {
+    write_short_row<Score, kThreads, Own>(task, window);
+    return;
+  }
+  prefetch_pages(task, Own::row(), window);
+  const WindowPieces pieces(window, lists.pieces, task.k);
+  keys.rank(RowWindow(0, static_cast<int>(pieces.num_selected(task.k))));
+  const Threshold threshold = topk.find_threshold(keys, task.k);
+  topk.take(keys, threshold);
+  __syncthreads();
+  topk.look_up(lists.columns + first);
+  __syncthreads();
+  write_columns<Score, kThreads>(task, Own::row(), 0, topk.count(), topk.columns());
 }
 
 }  // namespace dsa::cuda::topk

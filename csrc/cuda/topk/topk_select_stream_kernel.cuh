@@ -301,24 +301,25 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
   using Own = RowPart<kInCluster>;
   extern __shared__ uint4 shared_bytes[];
 
-  if constexpr (kInCluster) ptx::cluster_arrive();
+  if constexpr (kInCluster) ptx::cluster_arrive_relaxed();
   const std::uint32_t k = task.k;
-  const RowWindow window(task, Own::row());
+  const RowWindow window = window_of(task, Own::row());
   const auto size = static_cast<std::uint32_t>(window.size());
   if (size <= k) {
-    write_short_row<Score, Own>(task, window);
+    write_short_row<Score, kThreads, Own>(task, window);
     if constexpr (kInCluster) ptx::cluster_wait();
     return;
   }
 
   const auto stream = [&](std::uint32_t part, std::uint32_t parts) {
-    return Stream(task.row_scores<typename Score::Bits>(Own::row()), RowWindow(task, Own::row()),
+    return Stream(task.row_scores<typename Score::Bits>(Own::row()), window_of(task, Own::row()),
                   part, parts);
   };
   Kept candidates(shared_bytes);
   TopkStream<Score, kThreads> topk(candidates, capacity, k);
   auto scores = stream(Own::part(), Own::parts());
   scores.prefetch(0);
+  prefetch_pages(task, Own::row(), window);
   topk.guess(kInCluster ? stream(0, 1) : scores, size);
   if constexpr (kInCluster) {
     ptx::cluster_wait();  // all have begun
@@ -337,7 +338,8 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
       candidates.report();
     }
     if (Own::part() == 0) candidates.keep_of_cluster(k, capacity);
-    ptx::cluster_sync();  // the first has read what it needs of the others
+    ptx::cluster_arrive_relaxed();  // the first has read what it needs of the others
+    ptx::cluster_wait();
     if (Own::part() != 0) return;
   } else {
     while (true) {
@@ -349,7 +351,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
     if (candidates.count() > k) candidates.keep(k);
   }
   __syncthreads();
-  OutputRow<Score>::write_all(task, Own::row(), 0, k, candidates.columns());
+  write_columns<Score, kThreads>(task, Own::row(), 0, k, candidates.columns());
 }
 
 }  // namespace dsa::cuda::topk

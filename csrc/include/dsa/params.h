@@ -157,6 +157,7 @@ struct TopkSelectParams {
   TensorView row_to_request;           // i32 [R], optional
   TensorView indices;                  // i32 [R, topk]
   TensorView out_scores;               // f32 [R, topk], optional
+  TensorView workspace;                // u8 [bytes], optional; see kMaxWorkspaceBytes
   Launch launch;
 };
 
