@@ -9,9 +9,8 @@
 
 namespace dsa {
 
-// Of a score that is not NaN.
-DSA_HOST_DEVICE constexpr std::uint32_t ordered_key_of_number(float score) {
-  const std::uint32_t bits = float_to_bits(score + 0.0f);  // -0.0 becomes +0.0
+// Of the bits of a score that is not NaN, nor -0.0.
+DSA_HOST_DEVICE constexpr std::uint32_t ordered_key_of_bits(std::uint32_t bits) {
   // Negative values: flip all bits, since a larger magnitude is lower. Others: set the top bit.
   // Without a branch, which the signs of scores would make unpredictable.
   const std::uint32_t all_if_negative = 0u - (bits >> 31);
@@ -19,8 +18,9 @@ DSA_HOST_DEVICE constexpr std::uint32_t ordered_key_of_number(float score) {
 }
 
 DSA_HOST_DEVICE constexpr std::uint32_t ordered_key(float score) {
-  const bool is_nan = (float_to_bits(score) & kF32AbsMask) > kF32InfBits;
-  return is_nan ? 0u : ordered_key_of_number(score);
+  const std::uint32_t bits = float_to_bits(score + 0.0f);  // -0.0 becomes +0.0
+  const std::uint32_t key = ordered_key_of_bits(bits);
+  return (bits & kF32AbsMask) > kF32InfBits ? 0u : key;
 }
 
 // Of a key other than NaN's. Keys between two scores' give scores between them, or NaN past +inf.

@@ -559,9 +559,11 @@ LONG_KINDS = ("random", "equal", "narrow", "zeros", "odd", "mostly nan")
 MISLEADING_KINDS = ("rising", "falling", "block", "comb", "steps")
 
 
+@pytest.mark.parametrize("kernel", ["", "portable_topk_select_stream", "portable_topk_select"])
 @pytest.mark.parametrize("kind", [*LONG_KINDS, *MISLEADING_KINDS])
-def test_selection_campaign(kind):
+def test_selection_campaign(kind, kernel, monkeypatch):
     """Some 200 selections of each kind of rows: few and many, short and long, at any alignment."""
+    monkeypatch.setenv("DSA_FORCE_KERNEL", kernel)
     pick = random.Random(kind)
     make_rows = long_rows if kind in LONG_KINDS else misleading_rows
     for _ in range(200):

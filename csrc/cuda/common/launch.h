@@ -109,8 +109,8 @@ Status launch_clusters(const char* name, const Launch& where, const ClusterLaunc
 }
 
 // How many clusters a device runs at a time; 0 if it cannot tell, or if its code of the kernel
-// comes from PTX without clusters. Asked once a size: with other shared memory, for a kernel that
-// has an SM to itself, it is the same.
+// comes from PTX without clusters. Asked once a size, for kernels whose registers, not their shared
+// memory, limit the CTAs of an SM.
 template <auto kKernel>
 int clusters_at_once(const char* name, const Launch& where, const ClusterLaunch& shape) {
   constexpr int kFirstWithClusters = 90;

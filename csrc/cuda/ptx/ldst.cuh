@@ -42,21 +42,8 @@ __device__ __forceinline__ void ldmatrix_x4_trans(std::uint32_t (&r)[4], std::ui
                : "memory");
 }
 
-// If `bit` is not 0, stores words to shared memory and moves the address on past them. Without a
-// branch, and in place.
-__device__ __forceinline__ void append_if(std::uint32_t bit, std::uint32_t& address,
-                                          std::uint32_t x) {
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "setp.ne.u32 p, %1, 0;\n"
-      "@p st.shared.u32 [%0], %2;\n"
-      "@p add.u32 %0, %0, 4;\n"
-      "}"
-      : "+r"(address)
-      : "r"(bit), "r"(x)
-      : "memory");
-}
+// If `bit` is not 0, stores two words to shared memory and moves the address on past them. Without
+// a branch, and in place.
 __device__ __forceinline__ void append_if(std::uint32_t bit, std::uint32_t& address,
                                           std::uint32_t x, std::uint32_t y) {
   asm volatile(

@@ -30,8 +30,8 @@ struct RowInts {
   }
 };
 
-// An optional i32 [B, P] with contiguous rows. A PageTable of a few words: launches with more than
-// some 200 bytes of arguments take up to 0.9 us longer.
+// An optional i32 [B, P] with contiguous rows. A PageTable of a few words: launches with 384 bytes
+// of arguments or more take up to 0.9 us longer.
 struct RequestPages {
   const std::int32_t* entries = nullptr;
   std::int64_t stride = 0, requests = 0, width = 0, page_size = 1;
@@ -91,7 +91,7 @@ struct TopkTask {
         bases(p.index_base),
         base(static_cast<std::int32_t>(p.index_base_scalar)),
         as_slots(p.block_table.defined()),
-        page_size(p.page_size),
+        page_size(std::min(p.page_size, std::int64_t{1} << 31)),
         last_entry(((1u << 31) - 1) / page_size.divisor()),
         requests(p.row_to_request),
         pages(p.block_table, p.page_size),
@@ -102,10 +102,13 @@ struct TopkTask {
   }
 
   __device__ bool has_pieces() const { return pieces.divisor() > 1; }
+  // The row of scores that `row`, a row or a piece of one, is of.
+  __device__ std::int64_t source_row(std::int64_t row) const {
+    return has_pieces() ? pieces.quotient(static_cast<std::uint32_t>(row)) : row;
+  }
 
   template <typename Bits>
   __device__ const Bits* row_scores(std::int64_t row) const {
-    if (has_pieces()) row = pieces.quotient(static_cast<std::uint32_t>(row));
     return static_cast<const Bits*>(scores) + row * row_stride;
   }
 
@@ -164,9 +167,9 @@ struct WindowPieces {
 // What is selected from at a time: a row, or a piece of one.
 __device__ inline RowWindow window_of(const TopkTask& task, std::int64_t row) {
   if (!task.has_pieces()) return {task, row};
-  const std::uint32_t of_row = task.pieces.quotient(static_cast<std::uint32_t>(row));
-  return WindowPieces(RowWindow(task, of_row), task.pieces, task.k)
-      .piece(static_cast<std::uint32_t>(row) - of_row * task.pieces.divisor());
+  const std::int64_t source = task.source_row(row);
+  return WindowPieces(RowWindow(task, source), task.pieces, task.k)
+      .piece(static_cast<std::uint32_t>(row - source * task.pieces.divisor()));
 }
 
 // An element of a row's output at a time.
@@ -246,8 +249,16 @@ __device__ void for_each_column(int count, Columns columns, LookUp&& look_up, Pu
 #pragma unroll
     for (int j = 0; j < kTogether; ++j) put(i + j * kThreads, found[j]);
   }
-#pragma unroll 1
-  for (; i < count; i += kThreads) put(i, look_up(columns[i]));
+  if (i >= count) return;
+  decltype(look_up(0u)) found[kTogether - 1];
+#pragma unroll
+  for (int j = 0; j < kTogether - 1; ++j) {
+    found[j] = look_up(columns[i + j * kThreads < count ? i + j * kThreads : i]);
+  }
+#pragma unroll
+  for (int j = 0; j < kTogether - 1; ++j) {
+    if (i + j * kThreads < count) put(i + j * kThreads, found[j]);
+  }
 }
 
 // A row of a page table for tokens of 31 bits, `base` and a column.
@@ -327,21 +338,27 @@ __device__ void write_columns(const TopkTask& task, std::int64_t row, std::uint3
   }
   if (task.out_scores != nullptr) {
     write_scores<Score, kThreads>(task.out_scores + row * task.out_scores_stride + first, count,
-                                  columns, task.row_scores<typename Score::Bits>(row));
+                                  columns,
+                                  task.row_scores<typename Score::Bits>(task.source_row(row)));
   }
 }
 
-// Into L2, by the CTA's first warp: the entries of a page table that columns of a window need.
-__device__ inline void prefetch_pages(const TopkTask& task, std::int64_t row, RowWindow window) {
+// Into L2, by the first warp of each CTA that has a part of a row: the entries of a page table that
+// columns of a window, which is not empty, may need, unless they are many more than k.
+__device__ inline void prefetch_pages(const TopkTask& task, std::int64_t row, RowWindow window,
+                                      std::uint32_t part, std::uint32_t parts) {
+  constexpr std::uint32_t kLine = 128 / sizeof(std::int32_t);
   if (!task.as_slots || threadIdx.x >= 32) return;
   const std::int64_t base = task.bases.value_or(row, task.base);
   if (!SmallTokens::are(task, base)) return;
-  constexpr std::uint32_t kLine = 128 / sizeof(std::int32_t);
   const SmallTokens tokens(task, row, base);
-  const std::uint32_t last = tokens.page_size.quotient(tokens.base + window.end - 1);
-  std::uint32_t page = tokens.page_size.quotient(tokens.base + window.begin) + threadIdx.x * kLine;
-  for (; page <= last && page < tokens.width; page += 32 * kLine) {
-    ptx::prefetch_l2(tokens.entries + page);
+  const std::uint32_t first = tokens.page_size.quotient(tokens.base + window.begin);
+  const std::uint32_t end =
+      std::min(tokens.page_size.quotient(tokens.base + window.end - 1) + 1, tokens.width);
+  if (first >= end || (end - first) / kLine > task.k) return;
+  for (std::uint32_t page = first + (part * 32 + threadIdx.x) * kLine; page < end + kLine - 1;
+       page += parts * 32 * kLine) {
+    ptx::prefetch_l2(tokens.entries + std::min(page, end - 1));
   }
 }
 

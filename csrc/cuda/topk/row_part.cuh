@@ -13,6 +13,9 @@
 
 namespace dsa::cuda::topk {
 
+// 1024 threads an SM, with 64 registers each; the least that a GPU lets an SM have is 16 CTAs.
+constexpr int ctas_of_sm(int threads) { return std::min(1024 / threads, 16); }
+
 // A row a CTA, or a cluster. Asked for again rather than kept in registers.
 template <bool kInCluster>
 struct RowPart {

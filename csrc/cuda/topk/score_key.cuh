@@ -41,8 +41,9 @@ template <typename Score>
 __device__ std::uint32_t score_key(typename Score::Bits bits) {
   constexpr std::uint32_t kMinusInf = ordered_key(float_from_bits(kF32SignBit | kF32InfBits));
   static_assert(kMinusInf >> (32 - Score::kKeyBits) > 1u);
-  const float score = Score::ranked(bits);
-  return score != score ? 1u : ordered_key_of_number(score) >> (32 - Score::kKeyBits);
+  const float score = Score::ranked(bits) + 0.0f;  // -0.0 becomes +0.0
+  const std::uint32_t key = ordered_key_of_bits(float_to_bits(score)) >> (32 - Score::kKeyBits);
+  return score != score ? 1u : key;
 }
 
 }  // namespace dsa::cuda::topk

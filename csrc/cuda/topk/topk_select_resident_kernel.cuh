@@ -6,11 +6,14 @@
 //            largest has; what is larger, and of its equals the first, is written to shared memory
 //            in column order, and from there out.
 // threads    32 to 1024, by the columns.
-// cluster    few rows: each CTA has a part of the row. They sum their histograms and tell each
-//            other how many they take; each writes out its own.
-// registers  at most 64.
-// shared     a histogram, 8 KiB (in a cluster one for each digit); 4 bytes a column taken.
-// barriers   four a digit, one in the cluster; those of sum_over_warps().
+// cluster    few rows: each CTA has a part of the row. They send each other their histograms, and
+//            how many columns they take; each writes out its own.
+// registers  64 at most; 72 with 32 threads.
+// shared     a histogram, 8 KiB (in a cluster one for each digit, and what others sent, 43 KiB); 4
+//            bytes a column taken.
+// barriers   of the CTA: three or four a digit, three more; in a cluster an mbarrier for each of
+//            two messages a digit, one for the last message, and one barrier of the cluster at the
+//            start, which no write waits for.
 #pragma once
 
 #include <algorithm>
@@ -213,7 +216,7 @@ class ResidentTopk {
 // early: rows are read before their windows are known, since what is waited for then is one
 // latency instead of two.
 template <typename Score, int kThreads, int kKeys, bool kInCluster>
-__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
+__global__ void __launch_bounds__(kThreads, ctas_of_sm(kThreads))
     portable_topk_select_resident_kernel(bool early, const __grid_constant__ TopkTask task) {
   using Own = RowPart<kInCluster>;
   extern __shared__ uint4 shared_bytes[];
@@ -221,15 +224,16 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
   ResidentTopk<Score, kThreads, kKeys, kInCluster> topk(shared_bytes);
   RowWindow window(0, task.columns);
   if (!early) window = window_of(task, Own::row());
-  ResidentKeys<Score, kThreads, kKeys> keys(task.row_scores<typename Score::Bits>(Own::row()),
-                                            window, Own::part(), Own::parts());
+  ResidentKeys<Score, kThreads, kKeys> keys(
+      task.row_scores<typename Score::Bits>(task.source_row(Own::row())), window, Own::part(),
+      Own::parts());
   if (early) window = window_of(task, Own::row());
   topk.wait_for_all();
   if (window.size() <= task.k) {
     write_short_row<Score, kThreads, Own>(task, window);
     return;
   }
-  prefetch_pages(task, Own::row(), window);
+  prefetch_pages(task, Own::row(), window, Own::part(), Own::parts());
   keys.rank(window);
   const Threshold threshold = topk.find_threshold(keys, task.k);
   const std::uint32_t first = topk.take(keys, threshold);
@@ -246,7 +250,7 @@ struct PieceLists {
 
 // The k best of a row, of whose pieces the k best are known.
 template <typename Score, int kThreads, int kKeys>
-__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
+__global__ void __launch_bounds__(kThreads, ctas_of_sm(kThreads))
     portable_topk_select_listed_kernel(const __grid_constant__ PieceLists lists,
                                        const __grid_constant__ TopkTask task) {
   using Own = RowPart<false>;
@@ -255,15 +259,15 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
   ResidentTopk<F32Score, kThreads, kKeys, false> topk(shared_bytes);
   const std::uint32_t places = lists.pieces.divisor() * task.k;
   const std::int64_t first = Own::row() * places;
+  const RowWindow window(task, Own::row());
   ResidentKeys<F32Score, kThreads, kKeys> keys(
       reinterpret_cast<const std::uint32_t*>(lists.scores) + first,
       RowWindow(0, static_cast<int>(places)), 0, 1);
-  const RowWindow window(task, Own::row());
   if (window.size() <= task.k) {
     write_short_row<Score, kThreads, Own>(task, window);
     return;
   }
-  prefetch_pages(task, Own::row(), window);
+  prefetch_pages(task, Own::row(), window, Own::part(), Own::parts());
   const WindowPieces pieces(window, lists.pieces, task.k);
   keys.rank(RowWindow(0, static_cast<int>(pieces.num_selected(task.k))));
   const Threshold threshold = topk.find_threshold(keys, task.k);

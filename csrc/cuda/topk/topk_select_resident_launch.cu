@@ -49,13 +49,13 @@ struct Rows {
 // many. Rows that are few have more threads, with fewer keys each.
 template <typename Score, typename Use, typename Otherwise>
 auto with_rows(const topk::SelectCall& call, Use&& use, Otherwise&& otherwise) {
-  constexpr std::int64_t kLeast = 8192;
+  constexpr std::int64_t kEach = 8192;
   const std::int64_t columns = call.columns;
   const bool few = call.has_few_rows();
   const DeviceLimits& limits = device_limits(call.launch.device);
   if (topk::has_clusters(limits) && few && call.rows > 0) {
-    const std::int64_t most =
-        std::min<std::int64_t>({columns / kLeast, limits.num_sms / call.rows, topk::kMostCtas});
+    const std::int64_t most = std::min<std::int64_t>(
+        {ceil_div(columns, kEach), limits.num_sms / call.rows, topk::kMostCtas});
     for (auto ctas = static_cast<int>(most); ctas > 1; --ctas) {
       const std::int64_t each = ceil_div<std::int64_t>(columns, ctas);
       const auto fits = [&](auto rows) {
@@ -72,7 +72,6 @@ auto with_rows(const topk::SelectCall& call, Use&& use, Otherwise&& otherwise) {
     if (columns <= 4096) return use(Rows<Score, 256, 16, false>{}, 1);
     if (columns <= 8192) return use(Rows<Score, 512, 16, false>{}, 1);
     if (columns <= 16384) return use(Rows<Score, 1024, 16, false>{}, 1);
-    if (columns <= 32768) return use(Rows<Score, 1024, 32, false>{}, 1);
   } else {
     if (columns <= 4096) return use(Rows<Score, 128, 32, false>{}, 1);
     if (columns <= 8192) return use(Rows<Score, 256, 32, false>{}, 1);

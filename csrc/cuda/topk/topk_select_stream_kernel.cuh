@@ -4,14 +4,14 @@
 //
 // guess      a first threshold, by a sample of the row: candidates are not many more than k then.
 //            Should they be fewer, all is done again without.
-// tile       a chunk of 8192 scores (with 128 threads 2048, with 32 512): 16 a thread, with 1024
-//            threads 8, in registers; the next chunk is on its way to L2.
+// tile       a chunk of 8192 scores (with 128 threads 2048): 16 a thread, with 1024 threads 8, in
+//            registers; the next chunk is on its way to L2.
 // roles      all threads alike. Of a chunk, what the threshold lets pass is appended to the
 //            candidates (candidates.cuh). When they are full, the k largest are kept, and only what
 //            is larger than the least of them passes from then on. At the end the k largest are
 //            kept again, and are in order already. Equal scores need no care either: of them the
 //            first are kept, and later ones do not pass.
-// threads    512, two CTAs an SM; short rows: 128 or 32; few rows: 1024, one CTA an SM.
+// threads    512, two CTAs an SM; little shared memory: 128; few rows: 1024, one CTA an SM.
 // cluster    fewer rows still: each CTA collects from its part of the row, and the first one takes
 //            over what all have.
 // registers  at most 64.
@@ -293,7 +293,7 @@ class TopkStream {
 };
 
 template <typename Score, int kThreads, bool kInCluster>
-__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
+__global__ void __launch_bounds__(kThreads, ctas_of_sm(kThreads))
     portable_topk_select_stream_kernel(const __grid_constant__ TopkTask task,
                                        std::uint32_t capacity) {
   using Stream = ScoreStream<Score, kThreads>;
@@ -312,14 +312,14 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
   }
 
   const auto stream = [&](std::uint32_t part, std::uint32_t parts) {
-    return Stream(task.row_scores<typename Score::Bits>(Own::row()), window_of(task, Own::row()),
-                  part, parts);
+    return Stream(task.row_scores<typename Score::Bits>(task.source_row(Own::row())),
+                  window_of(task, Own::row()), part, parts);
   };
   Kept candidates(shared_bytes);
   TopkStream<Score, kThreads> topk(candidates, capacity, k);
   auto scores = stream(Own::part(), Own::parts());
   scores.prefetch(0);
-  prefetch_pages(task, Own::row(), window);
+  prefetch_pages(task, Own::row(), window, Own::part(), Own::parts());
   topk.guess(kInCluster ? stream(0, 1) : scores, size);
   if constexpr (kInCluster) {
     ptx::cluster_wait();  // all have begun

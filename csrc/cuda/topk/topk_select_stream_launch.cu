@@ -67,14 +67,12 @@ Status launch_clusters(const topk::SelectCall& call) {
   return launch_ctas<Score, kThreads>(call);
 }
 
-// As many threads as a row keeps busy, and more where a long row has an SM to itself.
+// More threads where a long row has an SM to itself, and fewer where shared memory is short.
 template <typename Score>
 Status launch_rows(const topk::SelectCall& call) {
-  if (call.columns <= chunk_of(32)) return launch_ctas<Score, 32>(call);
-  if (call.columns <= chunk_of(128) || !large_fits(call)) return launch_ctas<Score, 128>(call);
-  if (call.rows > device_limits(call.launch.device).num_sms) return launch_ctas<Score, 512>(call);
-  return call.columns <= chunk_of(512) ? launch_ctas<Score, 512>(call)
-                                       : launch_clusters<Score>(call);
+  if (!large_fits(call)) return launch_ctas<Score, 128>(call);
+  return call.has_few_rows() && call.columns > chunk_of(512) ? launch_clusters<Score>(call)
+                                                             : launch_ctas<Score, 512>(call);
 }
 
 }  // namespace
