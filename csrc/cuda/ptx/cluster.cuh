@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Clusters of CTAs (SM90). PTX ISA, "Special Registers: %cluster_ctarank" and others,
-// "barrier.cluster", "mapa" and
-// "st.async". Compiled for older GPUs, where nobody launches clusters, they trap.
+// "barrier.cluster", "mapa" and "st.async". Compiled for older GPUs, where nobody launches
+// clusters, they trap.
 #pragma once
 
 #include <cstdint>

@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto k = static_cast<std::uint32_t>(params.topk);
   for (std::int64_t row = blockIdx.x; row < params.scores.size(0); row += gridDim.x) {
     const Row candidates(params, row);
-    const Threshold<typename Row::Key> threshold = find_threshold(candidates, k, shared);
+    const RadixThreshold<typename Row::Key> threshold = find_threshold(candidates, k, shared);
     const auto kept = static_cast<int>(emit_selected(
         candidates, threshold, k, shared,
         [=](std::uint32_t rank, std::int64_t position, typename Row::Key key) {

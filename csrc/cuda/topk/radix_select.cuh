@@ -32,7 +32,7 @@ inline constexpr int kBinsPerThread = kNumBins / kThreads;
 static_assert(kBinsPerThread == 4, "a thread's bins are read as one uint4");
 
 // The bin that holds the key of a wanted rank.
-struct FoundBin {
+struct RadixBin {
   std::uint32_t digit;
   std::uint32_t count;   // keys in the bin
   std::uint32_t wanted;  // of them
@@ -41,13 +41,13 @@ struct FoundBin {
 struct SelectStorage {
   alignas(16) std::uint32_t histogram[kNumBins];
   alignas(16) std::uint32_t warp_totals[2][kWarps];
-  FoundBin found;
+  RadixBin found;
 };
 
 // The selected keys: those above `value` in the bits of `mask`, and the first num_ties (in column
 // order) equal to it there.
 template <typename Key>
-struct Threshold {
+struct RadixThreshold {
   Key value = 0;
   Key mask = 0;
   std::uint32_t num_ties = 0;
@@ -90,8 +90,8 @@ __device__ inline void clear_own_bins(SelectStorage& shared) {
 // An atomicAdd of 1 without a result is ATOMS.POPC.INC, which counts the lanes of a warp that share
 // an address in one step: rows of equal scores do not serialise.
 template <typename Row>
-__device__ void count_digits(const Row& row, const Threshold<typename Row::Key>& known, int low,
-                             int bits, SelectStorage& shared) {
+__device__ void count_digits(const Row& row, const RadixThreshold<typename Row::Key>& known,
+                             int low, int bits, SelectStorage& shared) {
   const std::uint32_t digit_mask = (1u << bits) - 1u;
   for (int chunk = 0; chunk < row.num_chunks(); ++chunk) {
     typename Row::Key keys[Row::kPerThread];
@@ -135,10 +135,10 @@ __device__ inline std::uint32_t find_bin(std::uint32_t wanted, SelectStorage& sh
 // The threshold of the k largest keys; of all keys, where there are fewer than k. k >= 1; fewer
 // than 2^32 keys.
 template <typename Row>
-__device__ Threshold<typename Row::Key> find_threshold(const Row& row, std::uint32_t k,
-                                                       SelectStorage& shared) {
+__device__ RadixThreshold<typename Row::Key> find_threshold(const Row& row, std::uint32_t k,
+                                                            SelectStorage& shared) {
   using Key = typename Row::Key;
-  Threshold<Key> known{0, 0, k};
+  RadixThreshold<Key> known{0, 0, k};
   for (int low = Row::kKeyBits; low > 0;) {
     const int bits = low < kDigitBits ? low : kDigitBits;
     low -= bits;
@@ -147,7 +147,7 @@ __device__ Threshold<typename Row::Key> find_threshold(const Row& row, std::uint
     count_digits(row, known, low, bits, shared);
     __syncthreads();
     if (find_bin(known.num_ties, shared) < known.num_ties) break;
-    const FoundBin found = shared.found;
+    const RadixBin found = shared.found;
     known.value |= static_cast<Key>(found.digit) << low;
     known.mask |= ((Key{1} << bits) - 1) << low;
     known.num_ties = found.wanted;
@@ -161,7 +161,7 @@ __device__ Threshold<typename Row::Key> find_threshold(const Row& row, std::uint
 // returns how many there are. Stops once it has k.
 template <typename Row, typename Emit>
 __device__ std::uint32_t emit_selected(const Row& row,
-                                       const Threshold<typename Row::Key>& threshold,
+                                       const RadixThreshold<typename Row::Key>& threshold,
                                        std::uint32_t k, SelectStorage& shared, Emit&& emit) {
   // Two counts in one word: keys above the threshold, and ties in the upper half.
   constexpr std::uint32_t kOneAbove = 1u;

@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, kCtasOfSm)
     if (window.size() > task.k) {
       const auto k = task.k;
       std::int32_t* columns = task.indices + row * task.indices_stride;
-      const Threshold<std::uint32_t> threshold = find_threshold(window, k, shared);
+      const RadixThreshold<std::uint32_t> threshold = find_threshold(window, k, shared);
       emit_selected(window, threshold, k, shared,
                     [=](std::uint32_t rank, std::int64_t column, std::uint32_t) {
                       columns[rank] = static_cast<std::int32_t>(column);
