@@ -57,7 +57,8 @@ __device__ __forceinline__ void cluster_arrive_relaxed() {
 }
 
 // Waits for words that CTAs of the cluster send to this one; addresses are alike in each. Used
-// once. Takes some 300 cycles, a cluster barrier that waits for its threads' writes 1000.
+// once. A word told to all of 16 CTAs took 450 to 600 cycles with what is around it, a cluster
+// barrier that waits for its threads' writes 800 to 1100 alone.
 struct Mailbox {
   Mbarrier barrier;
 
