@@ -198,12 +198,13 @@ def cuda_cases() -> Iterator[Case]:
     for (count, n), least in _ROW_BARS.items():
         yield rows(count, n, bars=_times_sgl(least))
     yield rows(1, 1 << 20)
-    for count, n in ((4096, 32768), (32, 131072)):
+    for count, n in ((4096, 8192), (4096, 32768), (32, 131072)):
         for k in (512, 1024):
             yield rows(count, n, k, (Bar(f"k{K}", 1.0),))
     for kind in HOSTILE:
-        for count, n in ((4096, 32768), (1, 131072)):
+        for count, n in ((4096, 8192), (4096, 32768), (1, 131072)):
             yield hostile(kind, count, n)
+    yield slots(4096, 8192, 0.95)
     yield slots(4096, 32768, 0.95)
     yield slots(1, 131072, 0.91)  # 1 us more
     yield merge(1024, 8)

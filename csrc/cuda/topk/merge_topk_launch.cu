@@ -39,11 +39,8 @@ Support merge_topk_takes(const MergeTopkParams& params) {
 }
 
 Status merge_topk(const MergeTopkParams& params) {
-  switch (params.scores.dtype) {
-    case DType::kBFloat16: return launch_rows<topk::Bf16Score>(params);
-    case DType::kFloat16: return launch_rows<topk::F16Score>(params);
-    default: return launch_rows<topk::F32Score>(params);
-  }
+  return topk::with_score(params.scores.dtype,
+                          [&](auto score) { return launch_rows<decltype(score)>(params); });
 }
 
 }  // namespace dsa::cuda

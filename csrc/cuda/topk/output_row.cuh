@@ -30,7 +30,7 @@ struct RowInts {
   }
 };
 
-// An optional i32 [B, P] with contiguous rows. A PageTable of a few words: launches with 384 bytes
+// An optional i32 [B, P] with contiguous rows. A PageTable of a few words: launches with 256 bytes
 // of arguments or more take up to 0.9 us longer.
 struct RequestPages {
   const std::int32_t* entries = nullptr;

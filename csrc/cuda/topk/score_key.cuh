@@ -10,6 +10,7 @@
 #include "core/float_bits.h"
 #include "core/float_order.h"
 #include "core/half.h"
+#include "dsa/params.h"
 
 namespace dsa::cuda::topk {
 
@@ -44,6 +45,16 @@ __device__ std::uint32_t score_key(typename Score::Bits bits) {
   const float score = Score::ranked(bits) + 0.0f;  // -0.0 becomes +0.0
   const std::uint32_t key = ordered_key_of_bits(float_to_bits(score)) >> (32 - Score::kKeyBits);
   return score != score ? 1u : key;
+}
+
+// use(Score{}) for scores of that type.
+template <typename Use>
+auto with_score(DType dtype, Use&& use) {
+  switch (dtype) {
+    case DType::kBFloat16: return use(Bf16Score{});
+    case DType::kFloat16: return use(F16Score{});
+    default: return use(F32Score{});
+  }
 }
 
 }  // namespace dsa::cuda::topk

@@ -7,7 +7,6 @@
 
 #include "cuda/common/device_info.h"
 #include "cuda/topk/output_row.cuh"
-#include "cuda/topk/score_key.cuh"
 #include "dsa/params.h"
 
 namespace dsa::cuda::topk {
@@ -18,7 +17,7 @@ struct SelectCall {
   Launch launch;
   std::int64_t rows;
   std::int64_t columns;     // most that a window has
-  bool reads_early = true;  // scores outside of windows may be read: of rows that `columns` long
+  bool reads_early = true;  // scores of a row outside its window may be read
 
   explicit SelectCall(const TopkSelectParams& p)
       : task(p),
@@ -30,16 +29,6 @@ struct SelectCall {
   // Each has an SM.
   bool has_few_rows() const { return rows <= device_limits(launch.device).num_sms; }
 };
-
-// use(Score{}) for scores of that type.
-template <typename Use>
-auto with_score(DType dtype, Use&& use) {
-  switch (dtype) {
-    case DType::kBFloat16: return use(Bf16Score{});
-    case DType::kFloat16: return use(F16Score{});
-    default: return use(F32Score{});
-  }
-}
 
 // Of more than one CTA.
 inline bool has_clusters(const DeviceLimits& limits) {

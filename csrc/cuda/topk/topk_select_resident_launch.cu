@@ -44,9 +44,10 @@ struct Rows {
   }
 };
 
-// use(Rows{}, CTAs a row), or otherwise(). A row is shared by as many CTAs as run at once on SMs of
-// their own, each with kLeast columns or more, since to meet costs about as much as to read so
-// many. Rows that are few have more threads, with fewer keys each.
+// use(Rows{}, CTAs a row), or otherwise(). A row is shared by as many CTAs as run at once, up to
+// one for each kEach columns: with half as many each they are no faster. Rows that are few have
+// more threads, with fewer keys each. A CTA alone has no more than 16384 columns: with 32 keys of
+// each of 1024 threads, logits are selected from faster by candidates (docs/kernels/topk.md).
 template <typename Score, typename Use, typename Otherwise>
 auto with_rows(const topk::SelectCall& call, Use&& use, Otherwise&& otherwise) {
   constexpr std::int64_t kEach = 8192;
