@@ -113,7 +113,13 @@ def sparse_decode(
 
 
 def v4_decode(
-    heads: int, batch: int, extra_k: int, window: int = 128, n: int = 8192, quick: bool = False
+    heads: int,
+    batch: int,
+    extra_k: int,
+    window: int = 128,
+    n: int = 8192,
+    bars: tuple[Bar, ...] = (),
+    quick: bool = False,
 ) -> Case:
     """V4's decode: a sliding window in one cache, `extra_k` selected rows of a second one."""
     d = _C.MLA_V4["d_nope"] + _C.MLA_V4["d_rope"]
@@ -190,10 +196,12 @@ def v4_decode(
         )
 
     name = f"V4 h{heads} b{batch} window{window} extra{extra_k} n{n}"
-    return Case("flash_mla_with_kvcache", name, make, (), quick)
+    return Case("flash_mla_with_kvcache", name, make, bars, quick)
 
 
-def dense_decode(heads: int, batch: int, n: int, quick: bool = False) -> Case:
+def dense_decode(
+    heads: int, batch: int, n: int, bars: tuple[Bar, ...] = (), quick: bool = False
+) -> Case:
     def make(device: torch.device) -> Work:
         table = inputs.page_table(batch, n, device)
         cache = inputs.bf16(table.numel(), inputs.PAGE, 1, D_QK, device=device)
@@ -223,7 +231,7 @@ def dense_decode(heads: int, batch: int, n: int, quick: bool = False) -> Case:
         )
 
     name = f"dense bf16 h{heads} b{batch} n{n}"
-    return Case("flash_mla_with_kvcache", name, make, (), quick)
+    return Case("flash_mla_with_kvcache", name, make, bars, quick)
 
 
 def merge_states(parts: int, rows: int, dtype: torch.dtype, bars: tuple[Bar, ...] = ()) -> Case:
@@ -256,7 +264,21 @@ def merge_states(parts: int, rows: int, dtype: torch.dtype, bars: tuple[Bar, ...
 
 
 _DECODE_SHAPES = ((1, 1), (4, 1), (16, 1), (64, 1), (128, 1), (1, 2), (64, 2), (128, 2))
+_DECODE_BARS = {
+    (128, 1): 1.3,
+    (128, 16): 1.2,
+    (128, 64): 1.2,
+    (128, 128): 1.2,
+    (64, 1): 1.3,
+    (64, 64): 1.4,
+    (64, 128): 1.4,
+}
+_DENSE_BARS = {1: 1.2, 16: 1.0, 64: 1.0}
 _DENSE_SHAPES = ((1, 32768), (16, 32768), (64, 32768), (64, 8192), (16, 131072), (1, 131072))
+
+
+def _times_flash_mla(least: float | None) -> tuple[Bar, ...]:
+    return () if least is None else (Bar("FlashMLA", least),)
 
 
 def cuda_cases() -> Iterator[Case]:
@@ -269,15 +291,15 @@ def cuda_cases() -> Iterator[Case]:
     for heads in (128, 64):
         for batch, s_q in _DECODE_SHAPES:
             target = (batch, s_q, heads) == (128, 1, 128)
-            bars = (Bar("FlashMLA", 0.5),) if target else ()
+            bars = _times_flash_mla(_DECODE_BARS.get((heads, batch)))
             yield sparse_decode(heads, batch, s_q, bars=bars, quick=target)
-    yield sparse_decode(32, 128, 1)
-    yield sparse_decode(16, 128, 1, bars=(Bar(PADDED, 1.0),), quick=True)
-    yield sparse_decode(8, 128, 1)
-    yield v4_decode(64, 128, 512)
-    yield v4_decode(128, 128, 1024, quick=True)
+    for heads in (32, 16, 8):
+        yield sparse_decode(heads, 128, 1, bars=(Bar(PADDED, 1.9),), quick=heads == 16)
+    yield v4_decode(64, 128, 512, bars=_times_flash_mla(1.2))
+    yield v4_decode(128, 128, 1024, bars=_times_flash_mla(1.2), quick=True)
     for batch, n in _DENSE_SHAPES:
-        yield dense_decode(128, batch, n, quick=(batch, n) == (16, 32768))
+        bars = _times_flash_mla(_DENSE_BARS.get(batch))
+        yield dense_decode(128, batch, n, bars=bars, quick=(batch, n) == (16, 32768))
     memory_bar = (Bar("roof", 0.75),)
     yield merge_states(4, 512, torch.float32, memory_bar)
     yield merge_states(2, 2048, torch.bfloat16, memory_bar)

@@ -95,6 +95,7 @@ constexpr Target kSm90a = {DeviceType::kCuda, sm90a};
 constexpr const char* kIndexSm90a = "SM90; H 1..128, D 32, 64 or 128; q and k on 16 bytes";
 constexpr const char* kPagedIndexSm90a =
     "SM90; H 1..128, D 128; pages of 8 keys or a multiple; q and pages on 16 bytes";
+constexpr const char* kDecodeSm90a = "SM90; dense and sparse; 656-byte caches on 16 bytes; bf16 q";
 #endif
 
 }  // namespace
@@ -179,9 +180,11 @@ DSA_KERNELS(SparseFwdParams,
                                        cpu::sparse_fwd})
 
 DSA_KERNELS(KvCacheFwdParams,
-            DSA_CUDA("portable_kvcache_fwd", kSm80, kDecodeCuda, cuda::kvcache_fwd_takes,
-                     cuda::kvcache_fwd, cuda::kvcache_fwd_workspace_bytes){
-                "cpu_kvcache_fwd", kCpu, kDecodeCpu, kvcache_dims, cpu::kvcache_fwd})
+            DSA_SM90A("sm90a_kvcache_fwd", kSm90a, kDecodeSm90a, cuda::sm90a_kvcache_fwd_takes,
+                      cuda::sm90a_kvcache_fwd, cuda::sm90a_kvcache_fwd_workspace_bytes)
+                DSA_CUDA("portable_kvcache_fwd", kSm80, kDecodeCuda, cuda::kvcache_fwd_takes,
+                         cuda::kvcache_fwd, cuda::kvcache_fwd_workspace_bytes){
+                    "cpu_kvcache_fwd", kCpu, kDecodeCpu, kvcache_dims, cpu::kvcache_fwd})
 
 DSA_KERNELS(MergeAttnStatesParams,
             DSA_CUDA("portable_merge_attn_states", kSm80, "any", any, cuda::merge_attn_states){

@@ -296,6 +296,132 @@ def test_sparse_decode_candidates(name, h_q, topk):
     check_gentle(cache_case(name, DEVICE, batch=1, s_q=1, h_q=h_q, topk=topk, extra=64))
 
 
+@pytest.fixture(params=["sm90a_kvcache_fwd", "portable_kvcache_fwd"])
+def decode_kernel(request, monkeypatch):
+    """Each of the kernels that take 656-byte rows, whichever dispatch would choose."""
+    if refusal := _C.kernel_refusal(request.param, torch.cuda.current_device()):
+        pytest.skip(f"needs {refusal}")
+    monkeypatch.setenv("DSA_FORCE_KERNEL", request.param)
+
+
+def v32_scales(cache: torch.Tensor) -> torch.Tensor:
+    """The fp32 scales of each row, in place."""
+    layout = _C.MLA_V32
+    first = layout["d_nope"]
+    scales = cache[..., first : first + 4 * layout["d_nope"] // layout["group"]]
+    return scales.view(FP32)
+
+
+@pytest.mark.usefixtures("decode_kernel")
+@pytest.mark.parametrize("h_q", [1, 8, 9, 17, 64, 100])
+@pytest.mark.parametrize("topk", [1, 64, 65, 129, 300, 700])
+def test_v32_decode(h_q, topk):
+    """Some tiles and none, with and without a second cache, dense and sparse."""
+    for batch, extra in ((1, None), (3, 16)):
+        check_gentle(
+            cache_case("v32", DEVICE, batch=batch, h_q=h_q, topk=topk, extra=extra, sink=True)
+        )
+    check_gentle(dense_case("v32", DEVICE, lens=(topk, 1, 0, -4), s_q=2, causal=True))
+
+
+@pytest.mark.usefixtures("decode_kernel")
+@pytest.mark.parametrize("kind", ["unlike", "some zero", "all zero", "negative", "tiny", "large"])
+@pytest.mark.parametrize("h_q", [8, 64])
+def test_v32_decode_scales(h_q, kind):
+    """Scales of a row's groups, and of different rows, that differ by powers of two and more."""
+    case = cache_case("v32", DEVICE, batch=2, h_q=h_q, topk=200)
+    scales = v32_scales(case["k_cache"])
+    if kind == "unlike":
+        scales.mul_(torch.exp2(torch.randint(-9, 4, scales.shape, device=DEVICE).float()))
+    elif kind == "some zero":
+        scales.mul_(torch.randint(0, 2, scales.shape, device=DEVICE))
+    elif kind == "all zero":
+        scales.mul_(0)
+    elif kind == "negative":
+        scales.mul_(-1)
+    else:
+        scales.mul_(2.0**-40 if kind == "tiny" else 2.0**12)
+        case["q"].mul_(1.0 if kind == "tiny" else 2.0**-12)
+    check_gentle(case)
+
+
+@pytest.mark.usefixtures("decode_kernel")
+@pytest.mark.parametrize("largest", [2.0**-60, 2.0**-20, 1.0])
+def test_v32_decode_of_unlike_heads(largest):
+    """Heads whose queries differ by powers of two."""
+    case = cache_case("v32", DEVICE, batch=2, h_q=64, topk=200)
+    powers = torch.randint(-12, 1, (64, 1), device=DEVICE).float()
+    case["q"].mul_(torch.exp2(powers) * largest)
+    check_cache(case)
+
+
+@pytest.mark.usefixtures("decode_kernel")
+@pytest.mark.parametrize("value", [INF, -INF, float("nan")])
+def test_v32_decode_of_a_head_that_is_not_finite(value):
+    """The other heads do not notice."""
+    case = cache_case("v32", DEVICE, batch=2, h_q=64, topk=200)
+    case["q"][:, :, 5, 7] = value
+    check_gentle(case)
+
+
+@pytest.mark.usefixtures("decode_kernel")
+@pytest.mark.parametrize("h_q", [16, 64])
+def test_v32_decode_of_a_head_that_begins_with_minus_infinity(h_q):
+    """Its first tile has no score above -inf, the other heads' has; its later ones are low."""
+    case = cache_case("v32", DEVICE, batch=1, s_q=1, h_q=h_q, topk=600)
+    cache, page_size = case["k_cache"], case["k_cache"].shape[1]
+    slots = case["indices"].flatten()
+    slots = slots[(slots >= 0) & (slots < cache.shape[0] * page_size)].unique()[:128]
+    assert len(slots) == 128
+    rope = cache[..., 528:].view(BF16)
+    page, token = slots.long() // page_size, slots.long() % page_size
+    rope[page[:64], token[:64], 0, 0] = -INF
+    rope[page, token, 0, 1] = 8
+    case["q"][..., 512:514] = 0
+    case["q"][:, :, 0, 512:514] = torch.tensor([1.0, -85.0])
+    case["q"][:, :, 1, 512] = -1
+    case["indices"] = slots.view(1, 1, -1)
+    check_cache(case)
+
+
+def test_v32_decode_of_queries_between_others():
+    """One head of more, and one token of one head at an odd address: kernels that copy refuse."""
+    case = cache_case("v32", DEVICE, batch=2, h_q=1, topk=100)
+    for pad in (0, 1, 8):
+        wide = torch.randn(2, 2, 16, 576 + pad, device=DEVICE).to(BF16)
+        check_gentle(case | {"q": wide[:, :, 3:4, :576]})
+    case = cache_case("v32", DEVICE, batch=1, s_q=1, h_q=1, topk=100)
+    check_gentle(case | {"q": torch.randn(577, device=DEVICE).to(BF16)[1:].view(1, 1, 1, 576)})
+
+
+@pytest.mark.usefixtures("decode_kernel")
+@pytest.mark.parametrize("h_q", [16, 128])
+def test_v32_decode_with_few_valid_slots(h_q):
+    """Tiles of which few slots, or none, are valid, first, last and between."""
+    case = cache_case("v32", DEVICE, batch=4, s_q=1, h_q=h_q, topk=500)
+    indices = case["indices"]
+    kept = torch.zeros_like(indices, dtype=torch.bool)
+    kept[0, 0, 300:310] = kept[1, 0, :1] = kept[2, 0, -1:] = True
+    indices.masked_fill_(~kept, -1)
+    check_gentle(case)
+
+
+@pytest.mark.usefixtures("decode_kernel")
+@pytest.mark.parametrize("where", ["code", "scale", "rope"])
+def test_v32_decode_of_values_that_are_not_numbers(where):
+    """NaN in a row that one of two requests selects."""
+    case = cache_case("v32", DEVICE, batch=2, s_q=1, h_q=64, topk=200)
+    cache, page_size = case["k_cache"], case["k_cache"].shape[1]
+    first, second = (set(row[row >= 0].tolist()) for row in case["indices"][:, 0].cpu())
+    total = cache.shape[0] * page_size
+    slot = min(s for s in first - second if s < total)
+    row = cache[slot // page_size, slot % page_size, 0]
+    at = {"code": (3, 0x7F), "scale": (512 + 3, 0x7F), "rope": (528 + 1, 0x7F)}[where]
+    row[at[0]] = at[1]
+    row[at[0] - 1] = 0xFF
+    check_gentle(case)
+
+
 @pytest.mark.parametrize("page_size", [1, 3, 16, 64, 100, 256])
 @pytest.mark.parametrize("name", FORMATS)
 def test_decode_page_sizes(name, page_size):

@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "cuda/common/pair.cuh"
 #include "cuda/portable/attention_rows.cuh"
 #include "cuda/ptx/cvt_e4m3.cuh"
 #include "cuda/ptx/mma.cuh"
@@ -56,28 +57,6 @@ __device__ __forceinline__ float scale_of(const std::uint8_t* scales, int row, i
   scales += row * Config::kScaleBytes;
   if constexpr (Config::kIsV32) return reinterpret_cast<const float*>(scales)[group];
   return ue8m0_to_float(scales[group]);
-}
-
-// ---- 16 bits ------------------------------------------------------------------------------------
-
-template <typename Element>
-__device__ __forceinline__ std::uint32_t pack(float low, float high) {
-  if constexpr (std::is_same_v<Element, __half>) {
-    const __half2 v = __floats2half2_rn(low, high);
-    return reinterpret_cast<const std::uint32_t&>(v);
-  } else {
-    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const std::uint32_t&>(v);
-  }
-}
-
-template <typename Element>
-__device__ __forceinline__ float2 unpack(std::uint32_t packed) {
-  if constexpr (std::is_same_v<Element, __half>) {
-    return __half22float2(reinterpret_cast<const __half2&>(packed));
-  } else {
-    return {__uint_as_float(packed << 16), __uint_as_float(packed & 0xFFFF'0000u)};
-  }
 }
 
 // ---- QK -----------------------------------------------------------------------------------------

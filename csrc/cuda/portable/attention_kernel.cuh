@@ -117,39 +117,16 @@ __device__ void narrow_queries(typename Config::SharedStorage& shared) {
   }
 }
 
-// What a head's statistics mean for its output.
-struct HeadResult {
-  bool empty;    // nothing valid, or nothing above -inf
-  float weight;  // what the output is divided by
-  float lse2;    // base 2; -inf: empty
-  float max_logit;
-
-  // Sums are of 2^(s - base).
-  __device__ HeadResult(float sum, float weights, float base, float max2)
-      : empty(max2 == -kAttentionInf && sum == 0.0f),
-        weight(weights),
-        lse2(empty ? -kAttentionInf : base + log2f(sum)),
-        max_logit(isnan(sum) && max2 != kAttentionInf ? sum : max2 * std::numbers::ln2_v<float>) {}
-
-  template <typename Statistics>
-  __device__ static HeadResult of(const Statistics& statistics, int head) {
-    float sum = 0.0f, weight = 0.0f;
+// The result of a head.
+template <typename Statistics>
+__device__ HeadResult result_of(const Statistics& statistics, int head) {
+  float sum = 0.0f, weight = 0.0f;
 #pragma unroll
-    for (int w = 0; w < static_cast<int>(sizeof(Statistics::sum) / sizeof(Statistics::base)); ++w) {
-      sum += statistics.sum[w][head];
-      weight += statistics.weight[w][head];
-    }
-    return {sum, weight, statistics.base[head], statistics.max[head]};
+  for (int w = 0; w < static_cast<int>(sizeof(Statistics::sum) / sizeof(Statistics::base)); ++w) {
+    sum += statistics.sum[w][head];
+    weight += statistics.weight[w][head];
   }
-
-  __device__ float lse() const { return empty ? kAttentionInf : lse2 * std::numbers::ln2_v<float>; }
-  // What the accumulated output is multiplied by.
-  __device__ float factor() const { return empty ? kZeroOutput : 1.0f / weight; }
-};
-
-// The share of the softmax that a sink leaves to the keys.
-__device__ __forceinline__ float share_beside(float sink, float lse) {
-  return 1.0f / (1.0f + expf(sink - lse));
+  return {sum, weight, statistics.base[head], statistics.max[head]};
 }
 
 template <typename Config>
@@ -226,7 +203,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   const auto [launch_row, b, j, first_head] = CtaRow::of<Config>(args);
   const std::int64_t partial = (launch_row * args.num_splits + split) * args.num_heads + first_head;
   if (const int head = threadIdx.x; head < Config::kHeads) {
-    const HeadResult r = HeadResult::of(statistics, head);
+    const HeadResult r = result_of(statistics, head);
     const int h = first_head + head;
     float factor = r.factor();
     if (h >= args.num_heads) {

@@ -7,11 +7,11 @@
 #include <cstdint>
 #include <numbers>
 
+#include "cuda/common/attention_result.cuh"
 #include "cuda/portable/attention_fragments.cuh"
 
 namespace dsa::cuda {
 
-inline constexpr float kAttentionInf = __builtin_huge_valf();
 // A CTA's, of the architecture that is compiled for.
 #if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
 inline constexpr std::size_t kMostSharedBytes = 227 * 1024;
@@ -20,12 +20,6 @@ inline constexpr std::size_t kMostSharedBytes = 163 * 1024;
 #else
 inline constexpr std::size_t kMostSharedBytes = 99 * 1024;
 #endif
-
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // [kHeads, kTokens] probabilities, swizzled like the tile; 16-byte chunk `chunk` of row `row`.
 template <int kTokens>
@@ -37,9 +31,6 @@ __device__ __forceinline__ std::uint32_t p_offset(int row, int chunk) {
     return static_cast<std::uint32_t>(row * 64 + ((chunk ^ (row >> 1)) & 3) * kChunk);
   }
 }
-
-// The factor of an output that is 0 whatever was accumulated.
-inline constexpr float kZeroOutput = -1.0f;
 
 // The state of one CTA's softmax and output, from tile to tile.
 template <typename Config>

@@ -8,7 +8,7 @@
 
 namespace dsa::cuda::ptx {
 
-#if __CUDA_ARCH__ >= 890
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
 // Nearest even, saturating at 448; a NaN becomes 0x7F whatever its sign. `low` is in the low byte.
 __device__ __forceinline__ std::uint32_t e4m3x2_from_float(float low, float high) {
   std::uint16_t codes;

@@ -42,6 +42,30 @@ __device__ __forceinline__ void ldmatrix_x4_trans(std::uint32_t (&r)[4], std::ui
                : "memory");
 }
 
+// The reverse of ldmatrix_x4_trans (SM90): matrix i, whose elements are in word i, is stored
+// transposed.
+__device__ __forceinline__ void stmatrix_x4_trans(std::uint32_t address, std::uint32_t r0,
+                                                  std::uint32_t r1, std::uint32_t r2,
+                                                  std::uint32_t r3) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+      "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+      : "memory");
+}
+// Two matrices, of lanes 0 to 15.
+__device__ __forceinline__ void stmatrix_x2_trans(std::uint32_t address, std::uint32_t r0,
+                                                  std::uint32_t r1) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address),
+               "r"(r0), "r"(r1)
+               : "memory");
+}
+
+// Orders this thread's accesses to shared memory before those of the copy engine and of wgmma that
+// a barrier lets follow (SM90).
+__device__ __forceinline__ void fence_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // If `bit` is not 0, stores two words to shared memory and moves the address on past them. Without
 // a branch, and in place.
 __device__ __forceinline__ void append_if(std::uint32_t bit, std::uint32_t& address,

@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// wgmma (SM90a): products of a warpgroup with operands in shared memory. PTX ISA, "Asynchronous
-// Warpgroup Level Matrix Multiply-Accumulate Instructions".
+// wgmma (SM90a): products of a warpgroup with operands in shared memory, the first also in
+// registers. PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions".
 //
 // D [64, N]: warp w of the warpgroup has rows 16 w + g and + 8 (lane = 4 g + t); d[4 j + 0, 1] are
 // columns 8 j + 2 t, + 1 of row g, d[4 j + 2, 3] the same of row g + 8.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/ptx/ldst.cuh"
 
@@ -113,5 +117,94 @@ __device__ __forceinline__ void wgmma_e4m3(float (&d)[64], WgmmaDescriptor<kRowB
         "+f"(d[63])
       : "l"(a.bits()), "l"(b.bits()), "r"(static_cast<int>(accumulate)));
 }
+
+// d (+)= A B^T of f16 or bf16, A [64, 16] from registers (rows and k as in mma.sync's A: words g k,
+// g + 8 k, g k + 8, g + 8 k + 8), B [N, 16] K-major in shared memory. The words are the products'
+// until they are waited for.
+#define DSA_WGMMA_16_BIT(TYPE, N, D, A0, A1, A2, A3, B, ACCUMULATE, ...)                      \
+  asm volatile(                                                                               \
+      "{\n"                                                                                   \
+      ".reg .pred accumulate;\n"                                                              \
+      "setp.ne.b32 accumulate, " ACCUMULATE                                                   \
+      ", 0;\n"                                                                                \
+      "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" D "}, {" A0 ", " A1 \
+      ", " A2 ", " A3 "}, " B                                                                 \
+      ", accumulate, 1, 1, 0;\n"                                                              \
+      "}"                                                                                     \
+      : __VA_ARGS__                                                                           \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()),                            \
+        "r"(static_cast<int>(accumulate)))
+
+template <typename Element>
+__device__ __forceinline__ void wgmma_16_bit(float (&d)[4], const std::uint32_t (&a)[4],
+                                             WgmmaDescriptor<128> b, bool accumulate) {
+  if constexpr (std::is_same_v<Element, __half>) {
+    DSA_WGMMA_16_BIT("f16", "8", "%0, %1, %2, %3", "%4", "%5", "%6", "%7", "%8", "%9", "+f"(d[0]),
+                     "+f"(d[1]), "+f"(d[2]), "+f"(d[3]));
+  } else {
+    DSA_WGMMA_16_BIT("bf16", "8", "%0, %1, %2, %3", "%4", "%5", "%6", "%7", "%8", "%9", "+f"(d[0]),
+                     "+f"(d[1]), "+f"(d[2]), "+f"(d[3]));
+  }
+}
+
+template <typename Element>
+__device__ __forceinline__ void wgmma_16_bit(float (&d)[8], const std::uint32_t (&a)[4],
+                                             WgmmaDescriptor<128> b, bool accumulate) {
+  if constexpr (std::is_same_v<Element, __half>) {
+    DSA_WGMMA_16_BIT("f16", "16", "%0, %1, %2, %3, %4, %5, %6, %7", "%8", "%9", "%10", "%11", "%12",
+                     "%13", "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
+                     "+f"(d[6]), "+f"(d[7]));
+  } else {
+    DSA_WGMMA_16_BIT("bf16", "16", "%0, %1, %2, %3, %4, %5, %6, %7", "%8", "%9", "%10", "%11",
+                     "%12", "%13", "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]),
+                     "+f"(d[5]), "+f"(d[6]), "+f"(d[7]));
+  }
+}
+
+template <typename Element>
+__device__ __forceinline__ void wgmma_16_bit(float (&d)[16], const std::uint32_t (&a)[4],
+                                             WgmmaDescriptor<128> b, bool accumulate) {
+  if constexpr (std::is_same_v<Element, __half>) {
+    DSA_WGMMA_16_BIT(
+        "f16", "32", "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15", "%16",
+        "%17", "%18", "%19", "%20", "%21", "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]),
+        "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]),
+        "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]));
+  } else {
+    DSA_WGMMA_16_BIT(
+        "bf16", "32", "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15", "%16",
+        "%17", "%18", "%19", "%20", "%21", "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]),
+        "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]),
+        "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]));
+  }
+}
+
+template <typename Element>
+__device__ __forceinline__ void wgmma_16_bit(float (&d)[32], const std::uint32_t (&a)[4],
+                                             WgmmaDescriptor<128> b, bool accumulate) {
+  if constexpr (std::is_same_v<Element, __half>) {
+    DSA_WGMMA_16_BIT("f16", "64",
+                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, "
+                     "%17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31",
+                     "%32", "%33", "%34", "%35", "%36", "%37", "+f"(d[0]), "+f"(d[1]), "+f"(d[2]),
+                     "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
+                     "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),
+                     "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
+                     "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]),
+                     "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]));
+  } else {
+    DSA_WGMMA_16_BIT("bf16", "64",
+                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, "
+                     "%17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31",
+                     "%32", "%33", "%34", "%35", "%36", "%37", "+f"(d[0]), "+f"(d[1]), "+f"(d[2]),
+                     "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
+                     "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),
+                     "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
+                     "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]),
+                     "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]));
+  }
+}
+
+#undef DSA_WGMMA_16_BIT
 
 }  // namespace dsa::cuda::ptx

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "cuda/portable/attention_args.h"
+#include "cuda/common/attention_args.h"
 
 namespace dsa::cuda {
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the portable attention kernel is called with, prefill and decode alike.
+// What the attention kernels are called with, prefill and decode alike.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,8 @@
 #include "dsa/kv_layout.h"
 
 namespace dsa::cuda {
+
+enum class LatentFormat { kBf16, kF16, kMlaV32, kMlaV4 };
 
 // Rows of latents, one a slot: page p begins at data + p * page_stride, its token t token_stride
 // further for each.

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+// Decode's keys in splits: into how many a row's are cut, the launches, and what combines them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/common/attention_args.h"
+#include "cuda/common/launch.h"
+#include "cuda/common/make_attention_args.h"
+#include "dsa/params.h"
+
+namespace dsa::cuda {
+
+// portable/attention_combine_launch.cu: the partial results of a launch's rows -> out and lse.
+Status attention_combine(const AttentionArgs& args, std::int64_t rows, DType out,
+                         const Launch& launch);
+
+// What a CTA of an attention kernel has.
+struct AttentionCta {
+  int heads;   // of a tile
+  int tokens;  // of a tile
+  int per_sm;  // CTAs of an SM
+};
+
+struct SplitPlan {
+  std::int64_t rows;             // query tokens
+  std::int64_t rows_per_launch;  // so that the partial results fit the workspace
+  int num_splits;
+
+  std::int64_t partial_heads(std::int64_t num_heads) const {
+    return num_splits > 1 ? rows_per_launch * num_splits * num_heads : 0;
+  }
+  std::int64_t workspace_bytes(const KvCacheFwdParams& p) const {
+    return partial_heads(p.q.size(2)) * (p.head_dim_v + 1) * 4;
+  }
+};
+
+inline SplitPlan plan_splits(const KvCacheFwdParams& p, const AttentionCta& cta) {
+  const std::int64_t heads = p.q.size(2);
+  const std::int64_t rows = p.q.size(0) * p.q.size(1);
+  const std::int64_t tiles = ceil_div<std::int64_t>(keys_of(p), cta.tokens);
+  const std::int64_t most_splits = std::clamp<std::int64_t>(tiles, 1, 64);
+  const std::int64_t bytes_per_split = heads * (p.head_dim_v + 1) * 4;  // of a row
+  const auto affordable_rows = [&](std::int64_t splits) {
+    return splits == 1 ? rows : std::min(rows, kMaxWorkspaceBytes / (splits * bytes_per_split));
+  };
+
+  if (p.batch_invariant) {
+    // From the row's own shape alone: a split for every 1024 keys.
+    const std::int64_t splits = std::clamp<std::int64_t>(
+        ceil_div<std::int64_t>(tiles * cta.tokens, 1024), 1,
+        std::min(most_splits, std::max<std::int64_t>(kMaxWorkspaceBytes / bytes_per_split, 1)));
+    return {rows, affordable_rows(splits), static_cast<int>(splits)};
+  }
+  // The fewest tile times until the last CTA is done: a CTA costs about two tiles beside its own.
+  constexpr std::int64_t kCtaOverhead = 2;
+  const std::int64_t ctas =
+      std::max<std::int64_t>(rows, 1) * ceil_div<std::int64_t>(heads, cta.heads);
+  const std::int64_t places = std::int64_t{device_limits(p.launch.device).num_sms} * cta.per_sm;
+  std::int64_t best = 1, best_cost = 0;
+  for (std::int64_t splits = 1; splits <= most_splits; ++splits) {
+    if (affordable_rows(splits) < rows) break;
+    const std::int64_t cost =
+        ceil_div(ctas * splits, places) * (ceil_div(tiles, splits) + kCtaOverhead);
+    if (splits == 1 || cost < best_cost) {
+      best = splits;
+      best_cost = cost;
+    }
+  }
+  return {rows, rows, static_cast<int>(best)};
+}
+
+// launch_rows(args, rows, launch) for the rows of each launch.
+template <typename LaunchRows>
+Status run_splits(const KvCacheFwdParams& p, const SplitPlan& plan, LaunchRows&& launch_rows) {
+  AttentionArgs args = make_attention_args(p);
+  args.num_splits = plan.num_splits;
+  if (plan.num_splits > 1) {
+    args.partial_out = p.workspace.ptr<float>();
+    args.partial_lse = args.partial_out + plan.partial_heads(args.num_heads) * args.d_v;
+  }
+  for (std::int64_t row = 0; row < plan.rows; row += plan.rows_per_launch) {
+    const std::int64_t rows = std::min(plan.rows_per_launch, plan.rows - row);
+    args.first_row = row;
+    if (Status status = launch_rows(args, rows, p.launch); !status.ok()) return status;
+    if (plan.num_splits == 1) continue;
+    const Status status = attention_combine(args, rows, p.q.dtype, p.launch);
+    if (!status.ok()) return status;
+  }
+  return {};
+}
+
+}  // namespace dsa::cuda

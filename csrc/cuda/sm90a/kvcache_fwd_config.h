@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tiles, warpgroups and shared memory of the decode kernel on Hopper.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/common/attention_keys.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "dsa/kv_layout.h"
+
+namespace dsa::cuda::sm90a {
+
+template <int kHeads_>
+struct KvCacheFwdConfig {
+  static constexpr int kHeads = kHeads_;  // of a tile: 8, 16, 32 or 64
+  static constexpr int kTokens = 64;      // of a tile
+
+  static constexpr int kNope = static_cast<int>(MlaV32Layout::kDimNope);
+  static constexpr int kRope = static_cast<int>(MlaV32Layout::kDimRope);
+  static constexpr int kGroup = static_cast<int>(MlaV32Layout::kGroup);
+  static constexpr int kGroups = kNope / kGroup;
+  static constexpr int kDimV = static_cast<int>(MlaV32Layout::kDimV);
+  static constexpr int kRowBytes = static_cast<int>(MlaV32Layout::kTokenBytes);
+  static constexpr int kScaleOffset = static_cast<int>(MlaV32Layout::kScaleOffset);
+  static constexpr int kRopeOffset = static_cast<int>(MlaV32Layout::kRopeOffset);
+  // Eight rows' 16-byte chunks are in different banks.
+  static_assert(kRowBytes / 16 % 2 == 1 && kRowBytes % 16 == 0);
+
+  // Warpgroups.
+  static constexpr int kScores = 0, kFirstValues = 1, kProducer = 3;
+  static constexpr int kValueWarpgroups = kProducer - kFirstValues;
+  static constexpr int kThreads = 128 * (kProducer + 1);
+  static constexpr int kScoreRegisters = 112;
+  static constexpr int kValueRegisters = 176;
+  static constexpr int kProducerRegisters = 48;
+  static constexpr int kRegisters = 65536 / kThreads;  // at the start
+  static_assert(kScoreRegisters <= kRegisters && kValueRegisters > kRegisters);
+  static_assert(kScoreRegisters + kValueWarpgroups * kValueRegisters + kProducerRegisters <=
+                4 * kRegisters);
+  static constexpr int kCopyArrivals = 2 * 32 + 2;                 // of a raw tile
+  static constexpr int kReaderWarps = 4 * (1 + kValueWarpgroups);  // of a raw tile
+
+  static constexpr int kBlock = 64;  // dims, or tokens, of 128 bytes: the span of a swizzle
+  static constexpr int kBlockBytes = kHeads * 2 * kBlock;
+  static constexpr int kQueryBlocks = (kNope + kRope) / kBlock;
+  static constexpr int kValueTiles = kDimV / kValueWarpgroups / 64;  // of a warpgroup, of 64 dims
+
+  // Of scores, that take turns by group: as many as there are registers for.
+  static constexpr int kSums = kHeads == 64 ? 1 : 2;
+
+  static constexpr int kStages = kHeads == 64 ? 3 : 4;  // of raw tiles
+
+  struct SharedStorage {
+    alignas(1024) std::uint8_t q[kQueryBlocks][kBlockBytes];  // [heads, 64 dims], swizzled
+    alignas(1024) std::uint8_t p[2][kBlockBytes];             // [heads, 64 tokens], swizzled
+    alignas(128) std::uint8_t raw[kStages][kTokens * kRowBytes];
+    // A row's scales are scale * 2^(exponent - kScaleBits), for V; for K as KvCacheFwdScores says.
+    alignas(16) std::uint16_t scales[kStages][kGroups][kTokens];  // f16
+    std::int32_t exponents[kStages][kTokens];                     // kNoRow: there is none
+    float ratios[kStages][kGroups][kTokens];
+    float last_scales[kStages][kSums][kTokens];
+    std::uint32_t valid[kStages][kTokens / 32];
+    alignas(16) float bases[kHeads];       // of the softmax
+    alignas(16) float rescale[2][kHeads];  // what output so far is multiplied by, if
+    std::int32_t rescales[2];              // set
+    alignas(16) float by_warp[4][kHeads];
+    float ups[kHeads];                       // what bases rise by
+    std::uint32_t query_bits[kReaderWarps];  // of each warp the largest |q|
+    alignas(16) float out_factor[kHeads];
+    ptx::Mbarrier full_q;
+    ptx::Mbarrier full_raw[kStages], full_scales[kStages], empty_raw[kStages];
+    ptx::Mbarrier full_p[2], empty_p[2];
+    KeySequence keys;
+  };
+  static_assert(sizeof(SharedStorage) <= 227 * 1024);
+
+  static constexpr std::int32_t kNoRow = -1024;
+  static constexpr int kScaleBits = 5;  // scales are up to 2^5
+};
+
+// Barriers of part of the CTA, by bar.sync; 0 is all of it.
+inline constexpr int kScoreBarrier = 1, kMathBarrier = 2;
+
+template <int kBarrier, int kThreads>
+__device__ __forceinline__ void named_sync() {
+  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+}
+
+// Whether `flag` holds in any of the threads.
+template <int kBarrier, int kThreads>
+__device__ __forceinline__ bool named_any(bool flag) {
+  std::uint32_t any;
+  asm volatile(
+      "{\n"
+      ".reg .pred p, q;\n"
+      "setp.ne.u32 p, %1, 0;\n"
+      "bar.red.or.pred q, %2, %3, p;\n"
+      "selp.u32 %0, 1, 0, q;\n"
+      "}"
+      : "=r"(any)
+      : "r"(static_cast<std::uint32_t>(flag)), "n"(kBarrier), "n"(kThreads)
+      : "memory");
+  return any != 0;
+}
+
+}  // namespace dsa::cuda::sm90a

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+// flash_mla_with_kvcache on Hopper, over caches of 656-byte rows.
+#include <cstdint>
+#include <string>
+
+#include "cuda/common/attention_splits.h"
+#include "cuda/common/launch.h"
+#include "cuda/common/make_attention_args.h"
+#include "cuda/common/tensor_map.h"
+#include "cuda/cuda_kernels.h"
+#include "cuda/sm90a/kvcache_fwd_kernel.cuh"
+
+namespace dsa::cuda {
+
+namespace {
+
+constexpr std::int64_t kMaxKeys = std::int64_t{1} << 30;
+
+template <typename Config>
+SplitPlan plan_of(const KvCacheFwdParams& p) {
+  return plan_splits(p, {Config::kHeads, Config::kTokens, 1});
+}
+
+template <typename Config>
+Status make_query_map(const TensorView& q, CUtensorMap& map) {
+  constexpr std::int64_t kBytes = 2;
+  // Of a dimension of one element any stride will do.
+  const auto stride = [&](int dim) {
+    return kBytes * (q.size(dim) > 1 ? q.stride(dim) : q.size(3));
+  };
+  return make_tensor_map({q.data,
+                          4,
+                          {kBytes * q.size(3), q.size(2), q.size(1), q.size(0)},
+                          {stride(2), stride(1), stride(0)},
+                          {2 * Config::kBlock, Config::kHeads, 1, 1}},
+                         map);
+}
+
+template <typename Config>
+Status run(const KvCacheFwdParams& p) {
+  if (p.q.size(0) == 0 || p.q.size(1) == 0) return {};
+  CUtensorMap q_map;
+  if (Status status = make_query_map<Config>(p.q, q_map); !status.ok()) return status;
+  const auto launch_rows = [&](const AttentionArgs& args, std::int64_t rows, const Launch& where) {
+    const std::int64_t head_tiles = ceil_div(args.num_heads, Config::kHeads);
+    const dim3 grid(static_cast<unsigned>(rows * head_tiles),
+                    static_cast<unsigned>(args.num_splits));
+    return launch<sm90a::sm90a_kvcache_fwd_kernel<Config>>(
+        "sm90a_kvcache_fwd_kernel", where, grid, Config::kThreads,
+        sizeof(typename Config::SharedStorage), args, q_map);
+  };
+  return run_splits(p, plan_of<Config>(p), launch_rows);
+}
+
+// use(Config{}) of the fewest heads that have all in one tile, or of 64.
+template <typename Use>
+auto with_config(std::int64_t heads, Use&& use) {
+  if (heads <= 8) return use(sm90a::KvCacheFwdConfig<8>{});
+  if (heads <= 16) return use(sm90a::KvCacheFwdConfig<16>{});
+  if (heads <= 32) return use(sm90a::KvCacheFwdConfig<32>{});
+  return use(sm90a::KvCacheFwdConfig<64>{});
+}
+
+}  // namespace
+
+Support sm90a_kvcache_fwd_takes(const KvCacheFwdParams& p) {
+  const bool is_v32 = p.is_fp8_kvcache && format_of(p.k_cache) == LatentFormat::kMlaV32;
+  if (!is_v32) return {"a cache of 656-byte rows"};
+  if (p.q.dtype != DType::kBFloat16) return {"a bfloat16 q"};
+  const auto is_copied = [](const TensorView& cache) {
+    return !cache.defined() || paged_rows(cache).aligned;
+  };
+  for (const int dim : {0, 1, 2}) {
+    const std::int64_t stride = p.q.size(dim) > 1 ? p.q.stride(dim) : p.q.size(3);
+    if (!tensor_map_takes(p.q.data, 2 * stride)) return {"q on 16 bytes"};
+  }
+  if (!is_copied(p.k_cache) || !is_copied(p.extra_k_cache)) return {"pages on 16 bytes"};
+  const std::int64_t rows = p.q.size(0) * p.q.size(1), heads = p.q.size(2);
+  if (heads > kMaxGridX || rows > kMaxGridX / ceil_div<std::int64_t>(heads, 8)) {
+    return {"fewer query tokens times heads"};
+  }
+  if (keys_of(p) > kMaxKeys) {
+    return {"at most 2^30 keys a row, not " + std::to_string(keys_of(p))};
+  }
+  return {};
+}
+
+std::int64_t sm90a_kvcache_fwd_workspace_bytes(const KvCacheFwdParams& p) {
+  return with_config(p.q.size(2),
+                     [&](auto config) { return plan_of<decltype(config)>(p).workspace_bytes(p); });
+}
+
+Status sm90a_kvcache_fwd(const KvCacheFwdParams& p) {
+  return with_config(p.q.size(2), [&](auto config) { return run<decltype(config)>(p); });
+}
+
+}  // namespace dsa::cuda
