@@ -13,7 +13,6 @@
 #include <type_traits>
 
 #include "cuda/common/attention_keys.cuh"
-#include "cuda/common/copy_chunk.cuh"
 #include "dsa/kv_layout.h"
 
 namespace dsa::cuda {
@@ -23,6 +22,7 @@ inline constexpr int kMaxDimV = 512;
 inline constexpr int kMaxFp8RowBytes = 640;      // 512 e4m3, 64 bf16; in whole swizzles
 inline constexpr int kDimBlock = 64;             // dims: 128 bytes, the span of a swizzle
 inline constexpr int kRowBytes = kMaxDimQk * 2;  // pitch of q, and of keys of 16 bits
+inline constexpr int kChunk = 16;                // bytes: one ldmatrix row, one cp.async
 inline constexpr int kSwizzle = 8;               // chunks, and rows, of a swizzle
 static_assert(kRowBytes % (kSwizzle * kChunk) == 0);
 inline constexpr int kRopeChunks = kDimBlock * 2 / kChunk;  // of an FP8 row

@@ -23,10 +23,7 @@
 //           each group rounds its own, by the fp32 sum.
 #pragma once
 
-#include <cmath>
-#include <cstddef>
 #include <cstdint>
-#include <numbers>
 
 #include "cuda/portable/attention_rows.cuh"
 #include "cuda/portable/attention_tile.cuh"

@@ -7,7 +7,6 @@
 
 #include <cstdint>
 
-#include "cuda/common/copy_chunk.cuh"
 #include "cuda/portable/attention_config.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/ldst.cuh"
@@ -21,6 +20,34 @@ __device__ __forceinline__ std::uint32_t swizzled(int row, int chunk) {
   constexpr int kInSwizzle = kSwizzle - 1;
   return static_cast<std::uint32_t>(row * kPitch + (chunk & ~kInSwizzle) * kChunk +
                                     ((chunk ^ row) & kInSwizzle) * kChunk);
+}
+
+// 16 bytes from any address.
+__device__ inline uint4 load_unaligned_16(const std::uint8_t* src) {
+  std::uint32_t words[4];
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    words[w] = src[4 * w] | src[4 * w + 1] << 8 | src[4 * w + 2] << 16 |
+               static_cast<std::uint32_t>(src[4 * w + 3]) << 24;
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+__device__ __forceinline__ void store_chunk(std::uint32_t shared, uint4 v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+// A chunk, or zeros.
+template <bool kAligned>
+__device__ __forceinline__ void copy_chunk(std::uint32_t shared, const std::uint8_t* src,
+                                           bool valid) {
+  if constexpr (kAligned) {
+    ptx::cp_async_or_zeros<kChunk>(shared, src, valid);
+  } else {
+    store_chunk(shared, valid ? load_unaligned_16(src) : uint4{0, 0, 0, 0});
+  }
 }
 
 // Brings tiles of keys into shared memory. A warp has eight rows of each tile. Lane i looks up row

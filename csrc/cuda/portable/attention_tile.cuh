@@ -3,9 +3,8 @@
 // the order of the steps: attention_kernel.cuh.
 #pragma once
 
-#include <cmath>
+#include <cstddef>
 #include <cstdint>
-#include <numbers>
 
 #include "cuda/common/attention_result.cuh"
 #include "cuda/portable/attention_fragments.cuh"

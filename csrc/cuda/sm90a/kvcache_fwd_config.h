@@ -79,6 +79,17 @@ struct KvCacheFwdConfig {
   static constexpr int kScaleBits = 5;  // scales are up to 2^5
 };
 
+// Eight words of two operands for wgmma.
+struct OperandPair {
+  std::uint32_t first[4], second[4];
+
+  // Until here its registers are read by products.
+  __device__ __forceinline__ void keep() {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(first[i]), "+r"(second[i])::"memory");
+  }
+};
+
 // Barriers of part of the CTA, by bar.sync; 0 is all of it.
 inline constexpr int kScoreBarrier = 1, kMathBarrier = 2;
 

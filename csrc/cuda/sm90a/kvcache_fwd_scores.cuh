@@ -16,7 +16,6 @@
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90a/kvcache_fwd_config.h"
-#include "cuda/sm90a/kvcache_fwd_values.cuh"
 
 namespace dsa::cuda::sm90a {
 

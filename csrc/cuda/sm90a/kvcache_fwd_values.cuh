@@ -21,17 +21,6 @@ __device__ __forceinline__ std::uint32_t times_f16x2(std::uint32_t x, std::uint3
   return product;
 }
 
-// Eight words of two operands for wgmma.
-struct OperandPair {
-  std::uint32_t first[4], second[4];
-
-  // Until here its registers are read by products.
-  __device__ __forceinline__ void keep() {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(first[i]), "+r"(second[i])::"memory");
-  }
-};
-
 template <typename Config>
 class KvCacheFwdValues {
  public:
