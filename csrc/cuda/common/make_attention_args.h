@@ -6,8 +6,11 @@
 #include <cstdint>
 #include <initializer_list>
 #include <numbers>
+#include <string>
 
 #include "cuda/common/attention_args.h"
+#include "cuda/common/launch.h"
+#include "dispatch/registry.h"
 #include "dsa/kv_layout.h"
 #include "dsa/params.h"
 
@@ -141,6 +144,17 @@ inline AttentionArgs make_attention_args(const KvCacheFwdParams& p) {
     a.causal = p.causal;
   }
   return a;
+}
+
+// What the kernels' launches can count; `heads_of_tile`: the fewest that a CTA has.
+inline Support attention_sizes(std::int64_t rows, std::int64_t heads, std::int64_t keys,
+                               std::int64_t heads_of_tile) {
+  constexpr std::int64_t kMaxKeys = std::int64_t{1} << 30;
+  if (heads > kMaxGridX || rows > kMaxGridX / ceil_div(heads, heads_of_tile)) {
+    return {"fewer query tokens times heads"};
+  }
+  if (keys > kMaxKeys) return {"at most 2^30 keys a row, not " + std::to_string(keys)};
+  return {};
 }
 
 // Keys of a row, at most.

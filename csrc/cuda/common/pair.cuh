@@ -30,4 +30,11 @@ __device__ __forceinline__ float2 unpack(std::uint32_t packed) {
   }
 }
 
+template <typename Element>
+__device__ __forceinline__ std::uint32_t times(std::uint32_t x, std::uint32_t y) {
+  using Pair = std::conditional_t<std::is_same_v<Element, __half>, __half2, __nv_bfloat162>;
+  const Pair product = __hmul2(reinterpret_cast<const Pair&>(x), reinterpret_cast<const Pair&>(y));
+  return reinterpret_cast<const std::uint32_t&>(product);
+}
+
 }  // namespace dsa::cuda

@@ -8,13 +8,13 @@
 #include "cuda/common/attention_splits.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/pair.cuh"
+#include "cuda/common/vector.cuh"
 
 namespace dsa::cuda {
 namespace {
 
 constexpr int kCombineWarps = 4;
 constexpr int kWarpDims = 128;
-constexpr unsigned kAllLanes = ~0u;
 
 template <typename Element>
 __global__ void __launch_bounds__(32 * kCombineWarps)

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <string>
 
 #include "cuda/common/attention_splits.h"
 #include "cuda/common/launch.h"
@@ -16,8 +15,6 @@
 namespace dsa::cuda {
 
 namespace {
-
-constexpr std::int64_t kMaxKeys = std::int64_t{1} << 30;
 
 struct Instance {
   LatentFormat format;
@@ -70,13 +67,10 @@ const Instance* choose_instance(LatentFormat format, int num_heads, std::size_t 
 
 Support takes(LatentFormat format, std::int64_t rows, std::int64_t heads, std::int64_t keys,
               const Launch& launch) {
-  const DeviceLimits& limits = device_limits(launch.device);
   constexpr std::int64_t kFewestHeads = 16;  // a tile
-  if (heads > kMaxGridX || rows > kMaxGridX / ceil_div(heads, kFewestHeads)) {
-    return {"fewer query tokens times heads"};
-  }
-  if (keys > kMaxKeys) return {"at most 2^30 keys a row, not " + std::to_string(keys)};
-  if (choose_instance(format, 1, limits.shared_bytes_per_cta) == nullptr) {
+  const Support sizes = attention_sizes(rows, heads, keys, kFewestHeads);
+  if (!sizes.ok()) return sizes;
+  if (choose_instance(format, 1, device_limits(launch.device).shared_bytes_per_cta) == nullptr) {
     return {"more shared memory than this device has"};
   }
   return {};

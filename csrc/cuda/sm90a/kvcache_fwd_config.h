@@ -66,7 +66,7 @@ struct KvCacheFwdConfig {
     std::int32_t rescales[2];              // set
     alignas(16) float by_warp[4][kHeads];
     float ups[kHeads];                       // what bases rise by
-    std::uint32_t query_bits[kReaderWarps];  // of each warp the largest |q|
+    std::uint32_t query_bits[kReaderWarps];  // of each warp the largest finite |q|
     alignas(16) float out_factor[kHeads];
     ptx::Mbarrier full_q;
     ptx::Mbarrier full_raw[kStages], full_scales[kStages], empty_raw[kStages];

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // flash_mla_with_kvcache on Hopper, over caches of 656-byte rows.
 #include <cstdint>
-#include <string>
 
 #include "cuda/common/attention_splits.h"
 #include "cuda/common/launch.h"
@@ -13,8 +12,6 @@
 namespace dsa::cuda {
 
 namespace {
-
-constexpr std::int64_t kMaxKeys = std::int64_t{1} << 30;
 
 template <typename Config>
 SplitPlan plan_of(const KvCacheFwdParams& p) {
@@ -75,14 +72,8 @@ Support sm90a_kvcache_fwd_takes(const KvCacheFwdParams& p) {
     if (!tensor_map_takes(p.q.data, 2 * stride)) return {"q on 16 bytes"};
   }
   if (!is_copied(p.k_cache) || !is_copied(p.extra_k_cache)) return {"pages on 16 bytes"};
-  const std::int64_t rows = p.q.size(0) * p.q.size(1), heads = p.q.size(2);
-  if (heads > kMaxGridX || rows > kMaxGridX / ceil_div<std::int64_t>(heads, 8)) {
-    return {"fewer query tokens times heads"};
-  }
-  if (keys_of(p) > kMaxKeys) {
-    return {"at most 2^30 keys a row, not " + std::to_string(keys_of(p))};
-  }
-  return {};
+  constexpr std::int64_t kFewestHeads = 8;  // a tile
+  return attention_sizes(p.q.size(0) * p.q.size(1), p.q.size(2), keys_of(p), kFewestHeads);
 }
 
 std::int64_t sm90a_kvcache_fwd_workspace_bytes(const KvCacheFwdParams& p) {

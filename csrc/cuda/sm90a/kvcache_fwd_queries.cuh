@@ -12,12 +12,6 @@
 
 namespace dsa::cuda::sm90a {
 
-__device__ __forceinline__ std::uint32_t times_bf16x2(std::uint32_t x, std::uint32_t y) {
-  std::uint32_t product;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(x), "r"(y));
-  return product;
-}
-
 // A power of two, and one over it.
 struct QueryScale {
   std::uint32_t exponent;  // of fp32 and of bf16, with their bias
@@ -74,8 +68,8 @@ __device__ QueryScale convert_queries(typename Config::SharedStorage& shared) {
     if (lane < Config::kRope / 8) {
       auto& rope = *reinterpret_cast<uint4*>(chunk(head, Config::kNope / 8 + lane));
       const std::uint32_t up = scale.up_bf16x2();
-      rope = {times_bf16x2(rope.x, up), times_bf16x2(rope.y, up), times_bf16x2(rope.z, up),
-              times_bf16x2(rope.w, up)};
+      const auto raise = [&](std::uint32_t word) { return times<__nv_bfloat16>(word, up); };
+      rope = {raise(rope.x), raise(rope.y), raise(rope.z), raise(rope.w)};
     }
     if (lane == 0) shared.bases[head] = 0.0f;
   }

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "core/pipeline_state.h"
+#include "cuda/common/pair.cuh"
 #include "cuda/ptx/cvt_e4m3.cuh"
 #include "cuda/ptx/ldst.cuh"
 #include "cuda/ptx/mbarrier.cuh"
@@ -14,12 +15,6 @@
 #include "cuda/sm90a/kvcache_fwd_config.h"
 
 namespace dsa::cuda::sm90a {
-
-__device__ __forceinline__ std::uint32_t times_f16x2(std::uint32_t x, std::uint32_t y) {
-  std::uint32_t product;
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(x), "r"(y));
-  return product;
-}
 
 template <typename Config>
 class KvCacheFwdValues {
@@ -123,8 +118,8 @@ class KvCacheFwdValues {
       const auto widen = [&](std::uint32_t word, std::uint32_t scale, std::uint32_t& even,
                              std::uint32_t& odd) {
         const uint2 wide = ptx::f16x4_from_e4m3x4(__byte_perm(word, 0, 0x3120));
-        even = times_f16x2(wide.x, scale);
-        odd = times_f16x2(wide.y, scale);
+        even = times<__half>(wide.x, scale);
+        odd = times<__half>(wide.y, scale);
       };
       widen(c[0], scales[0], a.first[0], a.first[1]);
       widen(c[1], scales[1], a.first[2], a.first[3]);
