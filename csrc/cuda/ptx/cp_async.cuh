@@ -45,9 +45,4 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Arrives on an mbarrier when this thread's copies so far are complete; the phase expects it.
-__device__ __forceinline__ void cp_async_arrive(std::uint32_t barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
 }  // namespace dsa::cuda::ptx

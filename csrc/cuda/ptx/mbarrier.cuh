@@ -53,19 +53,4 @@ __device__ __forceinline__ void mbarrier_wait(Mbarrier& barrier, std::uint32_t p
       : "memory");
 }
 
-// Whether it is complete now.
-__device__ __forceinline__ bool mbarrier_test(Mbarrier& barrier, std::uint32_t parity) {
-  std::uint32_t done;
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, done;\n"
-      "}"
-      : "=r"(done)
-      : "r"(shared_address(&barrier)), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-
 }  // namespace dsa::cuda::ptx

@@ -15,6 +15,19 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
+// One lane of a converged warp, the same one each time; what only it does needs no loop over lanes.
+__device__ __forceinline__ bool elect_one() {
+  std::uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred one;\n"
+      "elect.sync _|one, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, one;\n"
+      "}"
+      : "=r"(elected));
+  return elected != 0;
+}
+
 // By one thread. What is outside the tensor arrives as zeros, and counts as bytes.
 __device__ __forceinline__ void tma_load(void* shared, const CUtensorMap& map, Mbarrier& barrier,
                                          std::int32_t c0, std::int32_t c1) {
@@ -53,6 +66,15 @@ __device__ __forceinline__ void tma_load_once(void* shared, const CUtensorMap& m
 }
 
 // Contiguous bytes: addresses and length on 16 bytes.
+__device__ __forceinline__ void bulk_load(void* shared, const void* global, std::uint32_t bytes,
+                                          Mbarrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(shared)),
+      "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(&barrier))
+      : "memory");
+}
+
 __device__ __forceinline__ void bulk_load_once(void* shared, const void* global,
                                                std::uint32_t bytes, Mbarrier& barrier) {
   asm volatile(

@@ -2,7 +2,6 @@
 // Tiles, warpgroups and shared memory of the decode kernel on Hopper.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #include "cuda/common/attention_keys.cuh"
@@ -29,16 +28,18 @@ struct KvCacheFwdConfig {
 
   // Warpgroups.
   static constexpr int kScores = 0, kFirstValues = 1, kProducer = 3;
+  static constexpr int kMathThreads = 128 * kProducer;
   static constexpr int kValueWarpgroups = kProducer - kFirstValues;
+  static constexpr int kValueThreads = 128 * kValueWarpgroups;
   static constexpr int kThreads = 128 * (kProducer + 1);
-  static constexpr int kScoreRegisters = 112;
-  static constexpr int kValueRegisters = 176;
-  static constexpr int kProducerRegisters = 48;
+  static constexpr int kScoreRegisters = 96;
+  static constexpr int kValueRegisters = 192;
+  static constexpr int kProducerRegisters = 32;
   static constexpr int kRegisters = 65536 / kThreads;  // at the start
   static_assert(kScoreRegisters <= kRegisters && kValueRegisters > kRegisters);
   static_assert(kScoreRegisters + kValueWarpgroups * kValueRegisters + kProducerRegisters <=
                 4 * kRegisters);
-  static constexpr int kCopyArrivals = 2 * 32 + 2;                 // of a raw tile
+  static constexpr int kCopyWarps = 2, kPrepareWarps = 2;
   static constexpr int kReaderWarps = 4 * (1 + kValueWarpgroups);  // of a raw tile
 
   static constexpr int kBlock = 64;  // dims, or tokens, of 128 bytes: the span of a swizzle
@@ -53,25 +54,27 @@ struct KvCacheFwdConfig {
 
   struct SharedStorage {
     alignas(1024) std::uint8_t q[kQueryBlocks][kBlockBytes];  // [heads, 64 dims], swizzled
-    alignas(1024) std::uint8_t p[2][kBlockBytes];             // [heads, 64 tokens], swizzled
+    alignas(1024) std::uint8_t p[kBlockBytes];                // [heads, 64 tokens], swizzled
+    alignas(16) float4 scores[kHeads / 8][128];  // as the threads have them that make them
     alignas(128) std::uint8_t raw[kStages][kTokens * kRowBytes];
     // A row's scales are scale * 2^(exponent - kScaleBits), for V; for K as KvCacheFwdScores says.
     alignas(16) std::uint16_t scales[kStages][kGroups][kTokens];  // f16
     std::int32_t exponents[kStages][kTokens];                     // kNoRow: there is none
-    float ratios[kStages][kGroups][kTokens];
-    float last_scales[kStages][kSums][kTokens];
-    std::uint32_t valid[kStages][kTokens / 32];
-    alignas(16) float bases[kHeads];       // of the softmax
-    alignas(16) float rescale[2][kHeads];  // what output so far is multiplied by, if
-    std::int32_t rescales[2];              // set
-    alignas(16) float by_warp[4][kHeads];
-    float ups[kHeads];                       // what bases rise by
-    std::uint32_t query_bits[kReaderWarps];  // of each warp the largest finite |q|
+    float ratios[kStages][kGroups + kSums - 1][kTokens];
+    float last_scales[kStages][kTokens];
+    alignas(16) const std::uint8_t* rows[kCopyWarps][kTokens / kCopyWarps];  // of the next copies
+    std::uint32_t valid[kStages][kCopyWarps];
+    alignas(16) float bases[kHeads];    // of the softmax
+    std::uint8_t has_base[kHeads];      // whether there is a score so far
+    alignas(16) float ups[kHeads];      // what they rise by
+    alignas(16) float factors[kHeads];  // what was summed is multiplied by then
+    std::uint32_t
+        query_bits[kReaderWarps];  // of each warp the largest |q|, as convert_queries has it
     alignas(16) float out_factor[kHeads];
     ptx::Mbarrier full_q;
     ptx::Mbarrier full_raw[kStages], full_scales[kStages], empty_raw[kStages];
-    ptx::Mbarrier full_p[2], empty_p[2];
     KeySequence keys;
+    std::int32_t first_tile, tiles;  // of this CTA; read anew, not to keep a register
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 
@@ -90,12 +93,26 @@ struct OperandPair {
   }
 };
 
+// threadIdx.x, read anew: registers are too short to keep it for all roles.
+__device__ __forceinline__ int thread_index() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
 // Barriers of part of the CTA, by bar.sync; 0 is all of it.
-inline constexpr int kScoreBarrier = 1, kMathBarrier = 2;
+inline constexpr int kMathBarrier = 1, kValueBarrier = 2;  // all but the producer; the output's
+inline constexpr int kFullScores = 3, kEmptyScores = 4;    // by all but the producer
 
 template <int kBarrier, int kThreads>
 __device__ __forceinline__ void named_sync() {
   asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+}
+
+// Some of kThreads arrive, the others sync.
+template <int kBarrier, int kThreads>
+__device__ __forceinline__ void named_arrive() {
+  asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
 }
 
 // Whether `flag` holds in any of the threads.

@@ -9,12 +9,15 @@
 
 #include "core/pipeline_state.h"
 #include "cuda/common/attention_args.h"
-#include "cuda/ptx/cp_async.cuh"
-#include "cuda/ptx/ldst.cuh"
 #include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/tma.cuh"
 #include "cuda/sm90a/kvcache_fwd_config.h"
+#include "dsa/kv_layout.h"
 
 namespace dsa::cuda::sm90a {
+
+// What is copied where there is no row: a row of zeros.
+__device__ const uint4 kAbsentRow[MlaV32Layout::kTokenBytes / 16] = {};
 
 template <typename Config>
 class KvCacheFwdProducer {
@@ -23,51 +26,56 @@ class KvCacheFwdProducer {
 
   // By warp 0 to 3 of the warpgroup; each has half of a tile's rows.
   __device__ KvCacheFwdProducer(SharedStorage& shared, const AttentionArgs& args, int warp)
-      : shared_(shared), args_(args), copies_(warp < 2), half_(warp % 2), lane_(threadIdx.x % 32) {}
+      : shared_(shared),
+        args_(args),
+        copies_(warp < Config::kCopyWarps),
+        half_(warp % 2),
+        lane_(thread_index() % 32) {}
 
-  __device__ void run(int begin, int end) {
+  __device__ void run() {
     if (copies_) {
-      copy(begin, end);
+      copy();
     } else {
-      prepare(end - begin);
+      prepare();
     }
   }
 
  private:
-  static constexpr int kRows = 32;  // of a warp
-  static constexpr int kLanes = 8;  // that copy a row, 16 bytes each at a time
-  static constexpr int kRowsAtOnce = 32 / kLanes;
-  static constexpr int kChunks = Config::kRowBytes / 16;
+  static constexpr int kRows = Config::kTokens / Config::kCopyWarps;  // of a warp, one a lane
+  static_assert(kRows == 32 && Config::kPrepareWarps == Config::kCopyWarps);
 
-  // A lane looks up a row, whose slot was read a tile ahead. Rows that are not there become zeros.
-  __device__ void copy(int begin, int end) {
+  // A lane looks up a row, whose slot was read a tile ahead; one lane copies all of them.
+  __device__ void copy() {
+    const int begin = shared_.first_tile, end = begin + shared_.tiles;
     auto stage = PipelineState<Config::kStages>::producer_start();
     std::int32_t slot = fetch(begin);
     for (int tile = begin; tile < end; ++tile, stage.advance()) {
       const std::uint8_t* row = shared_.keys.row(args_, key(tile), slot).values;
       const std::uint32_t valid = __ballot_sync(~0u, row != nullptr);
+      shared_.rows[half_][lane_] =
+          row != nullptr ? row : reinterpret_cast<const std::uint8_t*>(kAbsentRow);
       slot = fetch(tile + 1);
       if (tile == begin + 1) ptx::mbarrier_wait(shared_.full_q, 0);  // without it nothing begins
       ptx::mbarrier_wait(shared_.empty_raw[stage.index], stage.phase);
-      const std::uint32_t to = ptx::shared_address(shared_.raw[stage.index]) +
-                               (kRows * half_ + lane_ / kLanes) * Config::kRowBytes +
-                               lane_ % kLanes * 16;
-#pragma unroll 2
-      for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
-        const int of = kRowsAtOnce * i + lane_ / kLanes;
-        const auto address = __shfl_sync(~0u, reinterpret_cast<unsigned long long>(row), of);
-        const auto* from = reinterpret_cast<const std::uint8_t*>(address) + lane_ % kLanes * 16;
+      __syncwarp();
+      if (ptx::elect_one()) {
+        ptx::Mbarrier& full = shared_.full_raw[stage.index];
+        std::uint8_t* to = shared_.raw[stage.index] + kRows * half_ * Config::kRowBytes;
+        shared_.valid[stage.index][half_] = valid;
+        ptx::mbarrier_arrive_expect(full, kRows * Config::kRowBytes);
+        constexpr int kAtOnce = 8;
+#pragma unroll 1
+        for (int i = 0; i < kRows; i += kAtOnce) {
+          const std::uint8_t* from[kAtOnce];
 #pragma unroll
-        for (int c = 0; c < kChunks; c += kLanes) {
-          if (c + kLanes > kChunks && c + lane_ % kLanes >= kChunks) continue;
-          ptx::cp_async_or_zeros<16>(to + kRowsAtOnce * i * Config::kRowBytes + c * 16,
-                                     from + c * 16, (valid >> of & 1u) != 0);
+          for (int k = 0; k < kAtOnce; ++k) from[k] = shared_.rows[half_][i + k];
+#pragma unroll
+          for (int k = 0; k < kAtOnce; ++k) {
+            ptx::bulk_load(to + (i + k) * Config::kRowBytes, from[k], Config::kRowBytes, full);
+          }
         }
       }
-      ptx::cp_async_arrive(ptx::shared_address(&shared_.full_raw[stage.index]));
-      if (lane_ != 0) continue;
-      shared_.valid[stage.index][half_] = valid;
-      ptx::mbarrier_arrive(shared_.full_raw[stage.index]);
+      __syncwarp();
     }
   }
 
@@ -75,10 +83,10 @@ class KvCacheFwdProducer {
   __device__ std::int32_t fetch(int tile) const { return shared_.keys.fetch(args_, key(tile)); }
 
   // A lane has a row.
-  __device__ void prepare(int tiles) {
+  __device__ void prepare() {
     auto stage = PipelineState<Config::kStages>::consumer_start();
     const int token = kRows * half_ + lane_;
-    for (int tile = 0; tile < tiles; ++tile, stage.advance()) {
+    for (int tile = 0; tile < shared_.tiles; ++tile, stage.advance()) {
       ptx::mbarrier_wait(shared_.full_raw[stage.index], stage.phase);
       const auto scales = *reinterpret_cast<const float4*>(
           shared_.raw[stage.index] + token * Config::kRowBytes + Config::kScaleOffset);
@@ -108,10 +116,11 @@ class KvCacheFwdProducer {
         const float before = g < Config::kSums ? 1.0f : k[g - Config::kSums];
         shared_.ratios[stage.index][g][token] = before / k[g];
       }
-#pragma unroll
-      for (int i = 0; i < Config::kSums; ++i) {
-        shared_.last_scales[stage.index][i][token] = k[Config::kGroups - Config::kSums + i];
+      if constexpr (Config::kSums == 2) {
+        shared_.ratios[stage.index][Config::kGroups][token] =
+            k[Config::kGroups - 2] / k[Config::kGroups - 1];
       }
+      shared_.last_scales[stage.index][token] = k[Config::kGroups - 1];
       __syncwarp();
       if (lane_ == 0) ptx::mbarrier_arrive(shared_.full_scales[stage.index]);
     }

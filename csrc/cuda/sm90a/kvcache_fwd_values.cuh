@@ -4,6 +4,7 @@
 // its scale.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "core/pipeline_state.h"
@@ -13,6 +14,7 @@
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90a/kvcache_fwd_config.h"
+#include "cuda/sm90a/kvcache_fwd_softmax.cuh"
 
 namespace dsa::cuda::sm90a {
 
@@ -21,61 +23,121 @@ class KvCacheFwdValues {
  public:
   using SharedStorage = typename Config::SharedStorage;
 
-  // half: which 256 of the dims.
-  __device__ KvCacheFwdValues(SharedStorage& shared, int half)
-      : shared_(shared), warp_(threadIdx.x / 32 % 4), lane_(threadIdx.x % 32), half_(half) {}
+  // factor: what makes products scores in base 2. half: which 256 of the dims.
+  __device__ KvCacheFwdValues(SharedStorage& shared, float factor, int half)
+      : shared_(shared),
+        half_(half),
+        warp_(thread_index() / 32 % 4),
+        lane_(thread_index() % 32),
+        softmax_(shared, factor, half_, warp_, lane_) {}
 
-  __device__ void run(int tiles) {
+  __device__ void run() {
 #pragma unroll
     for (int m = 0; m < Config::kValueTiles; ++m) {
 #pragma unroll
       for (float& x : out_[m]) x = 0.0f;
     }
     auto stage = PipelineState<Config::kStages>::consumer_start();
-    auto buffer = PipelineState<2>::consumer_start();
-    for (int tile = 0; tile < tiles; ++tile, stage.advance(), buffer.advance()) {
+    for (int tile = 0; tile < shared_.tiles; ++tile, stage.advance()) {
+      // All are here: P before is read.
+      named_sync<kFullScores, Config::kMathThreads>();
+      const bool moves = softmax_.make_p(stage.index, tile + 1 == shared_.tiles);
+      if (moves && tile > 0) rescale();
       ptx::mbarrier_wait(shared_.full_raw[stage.index], stage.phase);
-      ptx::mbarrier_wait(shared_.full_scales[stage.index], stage.phase);
-      ptx::mbarrier_wait(shared_.full_p[buffer.index], buffer.phase);
-      if (shared_.rescales[buffer.index] != 0) rescale(shared_.rescale[buffer.index]);
-      multiply(stage.index, buffer.index);
+      multiply(stage.index);
       __syncwarp();
-      if (lane_ == 0) {
-        ptx::mbarrier_arrive(shared_.empty_raw[stage.index]);
-        ptx::mbarrier_arrive(shared_.empty_p[buffer.index]);
-      }
+      if (lane_ == 0) ptx::mbarrier_arrive(shared_.empty_raw[stage.index]);
     }
+    named_sync<kValueBarrier, Config::kValueThreads>();
   }
 
-  // store(head, dim, x0, x1): of two neighbouring dims.
-  template <typename Store>
-  __device__ void store_out(Store&& store) const {
+  // After run; as KvCacheFwdSoftmax::finish.
+  template <typename Use>
+  __device__ void finish(Use&& use) {
+    softmax_.finish(use);
+    named_sync<kValueBarrier, Config::kValueThreads>();
+  }
+
+  // The output of `heads` heads, bf16 or fp32, head h's at out + h * stride, by way of shared
+  // memory: nothing before the scales is needed there any more.
+  template <typename Element>
+  __device__ void store(Element* out, std::int64_t stride, int heads, bool aligned) const {
+    stage();
+    named_sync<kValueBarrier, Config::kValueThreads>();
+    constexpr int kWarps = Config::kValueThreads / 32;
+    constexpr int kCount = 16 / static_cast<int>(sizeof(Element));  // elements of 16 bytes
+    constexpr int kTurns = Config::kDimV / (32 * kCount);
+    for (int head = 4 * half_ + warp_; head < heads; head += kWarps) {
+      const float factor = shared_.out_factor[head];
+      Element* to = out + head * stride + lane_ * kCount;
+      float x[kTurns][kCount];
 #pragma unroll
-    for (int j = 0; j < Config::kHeads / 8; ++j) {
-      const int head = 8 * j + lane_ % 4 * 2;
-      const float2 factor = *reinterpret_cast<const float2*>(&shared_.out_factor[head]);
+      for (int i = 0; i < kTurns; ++i) {
 #pragma unroll
-      for (int m = 0; m < Config::kValueTiles; ++m) {
-        const int dim = first_dim(m) + lane_ / 4 * 2;
-        const float* x = &out_[m][4 * j];
-        store(head, dim, x[0] * factor.x, x[2] * factor.x);
-        store(head + 1, dim, x[1] * factor.y, x[3] * factor.y);
+        for (int k = 0; k < kCount; k += 4) {
+          *reinterpret_cast<float4*>(&x[i][k]) = *staged(head, (32 * i + lane_) * kCount + k);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kTurns; ++i) {
+#pragma unroll
+        for (float& y : x[i]) y = factor == 0.0f ? 0.0f : y * factor;  // whatever was summed
+        store_16_bytes(to + 32 * i * kCount, x[i], aligned);
       }
     }
   }
 
  private:
-  static constexpr int kTileTokens = 32;  // of a step
+  static constexpr int kTileTokens = 16;  // of a step
+
+  // Four dims of a head; eight heads' are in different banks.
+  __device__ float4* staged(int head, int dim) const {
+    float* of_head = reinterpret_cast<float*>(shared_.q[0]) + head * Config::kDimV;
+    return reinterpret_cast<float4*>(of_head + (dim ^ head % 8 * 4));
+  }
+
+  __device__ static void store_16_bytes(float* to, const float (&x)[4], bool) {
+    *reinterpret_cast<float4*>(to) = {x[0], x[1], x[2], x[3]};
+  }
+  __device__ static void store_16_bytes(__nv_bfloat16* to, const float (&x)[8], bool aligned) {
+    const uint4 packed = {pack<__nv_bfloat16>(x[0], x[1]), pack<__nv_bfloat16>(x[2], x[3]),
+                          pack<__nv_bfloat16>(x[4], x[5]), pack<__nv_bfloat16>(x[6], x[7])};
+    if (aligned) {
+      *reinterpret_cast<uint4*>(to) = packed;
+    } else {
+      const auto* elements = reinterpret_cast<const __nv_bfloat16*>(&packed);
+      for (int i = 0; i < 8; ++i) to[i] = elements[i];
+    }
+  }
+
+  __device__ void stage() const {
+    static_assert(Config::kHeads * Config::kDimV * 4 <= offsetof(SharedStorage, scales));
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+      // Of the first eight heads and 64 dims; others are multiples of both further.
+      const int head = lane_ % 4 * 2 + odd, dim = first_dim(0) + lane_ / 4 * 2;
+      float* to = &staged(head, dim / 4 * 4)->x + dim % 4;
+#pragma unroll
+      for (int j = 0; j < Config::kHeads / 8; ++j) {
+#pragma unroll
+        for (int m = 0; m < Config::kValueTiles; ++m) {
+          const float* x = &out_[m][4 * j + odd];  // of a dim, and of the next
+          *reinterpret_cast<float2*>(to + 8 * j * Config::kDimV + 64 * m) = {x[0], x[2]};
+        }
+      }
+    }
+  }
 
   // Of this warp's part of 64 dims.
   __device__ int first_dim(int m) const {
     return (half_ * Config::kValueTiles + m) * 64 + warp_ * 16;
   }
 
-  __device__ void rescale(const float* factors) {
+  __device__ void rescale() {
 #pragma unroll
     for (int j = 0; j < Config::kHeads / 8; ++j) {
-      const float2 factor = *reinterpret_cast<const float2*>(factors + 8 * j + lane_ % 4 * 2);
+      const float2 factor =
+          *reinterpret_cast<const float2*>(&shared_.factors[8 * j + lane_ % 4 * 2]);
 #pragma unroll
       for (int m = 0; m < Config::kValueTiles; ++m) {
         out_[m][4 * j] *= factor.x;
@@ -86,34 +148,35 @@ class KvCacheFwdValues {
     }
   }
 
-  __device__ void multiply(int stage, int buffer) {
-    const std::uint32_t raw =
-        ptx::shared_address(shared_.raw[stage]) + lane_ * Config::kRowBytes + first_dim(0);
-    const ptx::WgmmaDescriptor<128> p(shared_.p[buffer]);
-    constexpr int kSteps = Config::kTokens / kTileTokens * Config::kValueTiles;
+  // A step has 16 tokens and 128 dims, the span of a scale: two tiles of the output, so that its
+  // two products do not depend on each other. The first one's V is made before P is waited for.
+  __device__ void multiply(int stage) {
+    const std::uint32_t raw = ptx::shared_address(shared_.raw[stage]) +
+                              lane_ % 16 * Config::kRowBytes + first_dim(0) + lane_ / 16 * 64;
+    const ptx::WgmmaDescriptor<128> p(shared_.p);
+    constexpr int kGroups = Config::kValueTiles / 2;
+    constexpr int kSteps = Config::kTokens / kTileTokens * kGroups;
     OperandPair operands[2];
-    std::uint32_t codes[2][4];
-    std::uint32_t scales[4];
+    constexpr int kAhead = 2;  // steps
+    std::uint32_t codes[kAhead + 1][4];
     const auto load = [&](int step) {
-      const int m = step % Config::kValueTiles, tokens = step / Config::kValueTiles * kTileTokens;
-      ptx::ldmatrix_x4_trans(codes[step % 2], raw + tokens * Config::kRowBytes + m * 64);
+      const int group = step % kGroups, tokens = step / kGroups * kTileTokens;
+      ptx::ldmatrix_x4_trans(codes[step % (kAhead + 1)],
+                             raw + tokens * Config::kRowBytes + group * Config::kGroup);
     };
-    load(0);
+#pragma unroll
+    for (int step = 0; step < kAhead; ++step) load(step);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const int m = step % Config::kValueTiles, tokens = step / Config::kValueTiles * kTileTokens;
-      if (step + 1 < kSteps) load(step + 1);
-      if (m * 64 % Config::kGroup == 0) {
-        const int group = (half_ * Config::kValueTiles + m) * 64 / Config::kGroup;
-        const auto* pairs = reinterpret_cast<const std::uint32_t*>(
-            &shared_.scales[stage][group][tokens + lane_ % 4 * 2]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) scales[i] = pairs[4 * i];
-      }
+      const int group = step % kGroups, tokens = step / kGroups * kTileTokens;
+      if (step + kAhead < kSteps) load(step + kAhead);
+      const auto* pairs = reinterpret_cast<const std::uint32_t*>(
+          &shared_.scales[stage][half_ * kGroups + group][tokens + lane_ % 4 * 2]);
+      const std::uint32_t scales[2] = {pairs[0], pairs[4]};
       OperandPair& a = operands[step % 2];
       ptx::wgmma_wait<1>();
       if (step >= 2) a.keep();
-      const std::uint32_t (&c)[4] = codes[step % 2];
+      const std::uint32_t (&c)[4] = codes[step % (kAhead + 1)];
       // Two dims of two tokens -> two tokens of each dim.
       const auto widen = [&](std::uint32_t word, std::uint32_t scale, std::uint32_t& even,
                              std::uint32_t& odd) {
@@ -123,11 +186,12 @@ class KvCacheFwdValues {
       };
       widen(c[0], scales[0], a.first[0], a.first[1]);
       widen(c[1], scales[1], a.first[2], a.first[3]);
-      widen(c[2], scales[2], a.second[0], a.second[1]);
-      widen(c[3], scales[3], a.second[2], a.second[3]);
+      widen(c[2], scales[0], a.second[0], a.second[1]);
+      widen(c[3], scales[1], a.second[2], a.second[3]);
+      if (step == 0) named_sync<kValueBarrier, Config::kValueThreads>();
       ptx::wgmma_fence();
-      ptx::wgmma_16_bit<__half>(out_[m], a.first, p + tokens * 2, true);
-      ptx::wgmma_16_bit<__half>(out_[m], a.second, p + (tokens + 16) * 2, true);
+      ptx::wgmma_16_bit<__half>(out_[2 * group], a.first, p + tokens * 2, true);
+      ptx::wgmma_16_bit<__half>(out_[2 * group + 1], a.second, p + tokens * 2, true);
       ptx::wgmma_commit();
     }
     ptx::wgmma_wait<0>();
@@ -138,7 +202,8 @@ class KvCacheFwdValues {
   }
 
   SharedStorage& shared_;
-  const int warp_, lane_, half_;
+  const int half_, warp_, lane_;
+  KvCacheFwdSoftmax<Config> softmax_;
   float out_[Config::kValueTiles][Config::kHeads / 2];
 };
 
