@@ -55,7 +55,7 @@ struct KvCacheFwdConfig {
   struct SharedStorage {
     alignas(1024) std::uint8_t q[kQueryBlocks][kBlockBytes];  // [heads, 64 dims], swizzled
     alignas(1024) std::uint8_t p[kBlockBytes];                // [heads, 64 tokens], swizzled
-    alignas(16) float4 scores[kHeads / 8][128];  // as the threads have them that make them
+    alignas(16) float4 scores[kHeads / 8][128];               // as their threads have them
     alignas(128) std::uint8_t raw[kStages][kTokens * kRowBytes];
     // A row's scales are scale * 2^(exponent - kScaleBits), for V; for K as KvCacheFwdScores says.
     alignas(16) std::uint16_t scales[kStages][kGroups][kTokens];  // f16
@@ -64,12 +64,11 @@ struct KvCacheFwdConfig {
     float last_scales[kStages][kTokens];
     alignas(16) const std::uint8_t* rows[kCopyWarps][kTokens / kCopyWarps];  // of the next copies
     std::uint32_t valid[kStages][kCopyWarps];
-    alignas(16) float bases[kHeads];    // of the softmax
-    std::uint8_t has_base[kHeads];      // whether there is a score so far
-    alignas(16) float ups[kHeads];      // what they rise by
-    alignas(16) float factors[kHeads];  // what was summed is multiplied by then
-    std::uint32_t
-        query_bits[kReaderWarps];  // of each warp the largest |q|, as convert_queries has it
+    alignas(16) float bases[kHeads];         // of the softmax
+    std::uint8_t has_base[kHeads];           // whether there is a score so far
+    alignas(16) float ups[kHeads];           // what they rise by
+    alignas(16) float factors[kHeads];       // what was summed is multiplied by then
+    std::uint32_t query_bits[kReaderWarps];  // of each warp the largest |q|
     alignas(16) float out_factor[kHeads];
     ptx::Mbarrier full_q;
     ptx::Mbarrier full_raw[kStages], full_scales[kStages], empty_raw[kStages];
