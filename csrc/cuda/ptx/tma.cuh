@@ -75,6 +75,7 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* global, std:
       : "memory");
 }
 
+// The same, for what is read once.
 __device__ __forceinline__ void bulk_load_once(void* shared, const void* global,
                                                std::uint32_t bytes, Mbarrier& barrier) {
   asm volatile(

@@ -16,7 +16,6 @@ namespace dsa::cuda::sm90a {
 struct QueryScale {
   std::uint32_t exponent;  // of fp32 and of bf16, with their bias
 
-  __device__ float up() const { return __uint_as_float(exponent << 23); }
   __device__ float down() const { return __uint_as_float((254 - exponent) << 23); }
   __device__ std::uint32_t up_bf16x2() const { return exponent * 0x800080u; }
 };
