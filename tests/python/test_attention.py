@@ -228,6 +228,19 @@ def test_values_that_are_not_finite(device, where, value):
 
 
 @pytest.mark.ops("flash_mla_sparse_fwd")
+def test_an_empty_head_beside_infinite_values(device):
+    """A head all of whose scores are -inf has zeros, whatever the values."""
+    case = sparse_case(3, 5, 96, 64, 60, 32, BF16, device, sink=True)
+    case["kv"][..., 7] = -INF
+    case["q"][..., 7] = 0
+    case["q"][:, 2, 7] = 1
+    out, max_logits, lse = check_sparse(case)
+    assert (out[:, 2] == 0).all()
+    assert (max_logits[:, 2] == -INF).all()
+    assert (lse[:, 2] == INF).all()
+
+
+@pytest.mark.ops("flash_mla_sparse_fwd")
 def test_infinite_sinks(device):
     case = sparse_case(3, 4, 576, 512, 60, 32, BF16, device)
     plain = dsa_ext.flash_mla_sparse_fwd(**case)

@@ -18,6 +18,7 @@ import torch
 import dsa_ext
 from dsa_ext import _C, reference
 from helpers import (
+    DECODE_TOLERANCE,
     FORMATS,
     INT_MAX,
     LOGITS_TOLERANCE,
@@ -296,32 +297,60 @@ def test_sparse_decode_candidates(name, h_q, topk):
     check_gentle(cache_case(name, DEVICE, batch=1, s_q=1, h_q=h_q, topk=topk, extra=64))
 
 
+FP8_FORMATS = [name for name, fmt in FORMATS.items() if fmt.fp8]
+
+
 @pytest.fixture(params=["sm90a_kvcache_fwd", "portable_kvcache_fwd"])
 def decode_kernel(request, monkeypatch):
-    """Each of the kernels that take 656-byte rows, whichever dispatch would choose."""
+    """Each of the kernels that take FP8 caches, whichever dispatch would choose."""
     if refusal := _C.kernel_refusal(request.param, torch.cuda.current_device()):
         pytest.skip(f"needs {refusal}")
     monkeypatch.setenv("DSA_FORCE_KERNEL", request.param)
 
 
-def v32_scales(cache: torch.Tensor) -> torch.Tensor:
-    """The fp32 scales of each row, in place."""
-    layout = _C.MLA_V32
-    first = layout["d_nope"]
-    scales = cache[..., first : first + 4 * layout["d_nope"] // layout["group"]]
-    return scales.view(FP32)
+class Fp8Rows:
+    """The parts of an FP8 cache's rows, in place: [pages, page_size, ..]."""
+
+    def __init__(self, name: str, cache: torch.Tensor) -> None:
+        pages, self.page_size, _, width = cache.shape
+        self.d_nope = (_C.MLA_V32 if name == "v32" else _C.MLA_V4)["d_nope"]
+        bytes_of_page = cache.as_strided(
+            (pages, self.page_size * width), (cache.stride(0), 1), cache.storage_offset()
+        )
+        row_bytes = 656 if name == "v32" else 576
+        planes = bytes_of_page.tensor_split([self.page_size * row_bytes], 1)
+        rows = planes[0].unflatten(1, (self.page_size, row_bytes))
+        self.codes, rest = rows.tensor_split([self.d_nope], 2)
+        self.rope = rest[..., -128:].view(BF16)
+        if name == "v32":
+            self.scales = rest[..., :16].view(FP32)
+        else:
+            self.scales = planes[1].unflatten(1, (self.page_size, 8))[..., :7]
+
+    def at(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where slots are, to index any of the parts."""
+        return slots // self.page_size, slots % self.page_size
+
+
+def selected_slots(case, request: int | None = None) -> torch.Tensor:
+    """The valid slots of a case without a second cache, or of one request, each once."""
+    cache = case["k_cache"]
+    indices = case["indices"] if request is None else case["indices"][request]
+    slots = indices.flatten().long().unique()
+    return slots[(slots >= 0) & (slots < cache.shape[0] * cache.shape[1])]
 
 
 @pytest.mark.usefixtures("decode_kernel")
 @pytest.mark.parametrize("h_q", [1, 8, 9, 17, 64, 100])
 @pytest.mark.parametrize("topk", [1, 64, 65, 129, 300, 700])
-def test_v32_decode(h_q, topk):
+@pytest.mark.parametrize("name", FP8_FORMATS)
+def test_fp8_decode(name, h_q, topk):
     """Some tiles and none, with and without a second cache, dense and sparse."""
     for batch, extra in ((1, None), (3, 16)):
         check_gentle(
-            cache_case("v32", DEVICE, batch=batch, h_q=h_q, topk=topk, extra=extra, sink=True)
+            cache_case(name, DEVICE, batch=batch, h_q=h_q, topk=topk, extra=extra, sink=True)
         )
-    check_gentle(dense_case("v32", DEVICE, lens=(topk, 1, 0, -4), s_q=2, causal=True))
+    check_gentle(dense_case(name, DEVICE, lens=(topk, 1, 0, -4), s_q=2, causal=True))
 
 
 @pytest.mark.usefixtures("decode_kernel")
@@ -330,7 +359,7 @@ def test_v32_decode(h_q, topk):
 def test_v32_decode_scales(h_q, kind):
     """Scales of a row's groups, and of different rows, that differ by powers of two and more."""
     case = cache_case("v32", DEVICE, batch=2, h_q=h_q, topk=200)
-    scales = v32_scales(case["k_cache"])
+    scales = Fp8Rows("v32", case["k_cache"]).scales
     if kind == "unlike":
         scales.mul_(torch.exp2(torch.randint(-9, 4, scales.shape, device=DEVICE).float()))
     elif kind == "some zero":
@@ -346,10 +375,34 @@ def test_v32_decode_scales(h_q, kind):
 
 
 @pytest.mark.usefixtures("decode_kernel")
+@pytest.mark.parametrize(
+    ("first", "last", "power"),
+    [(0, 60, 0), (80, 90, 0), (100, 127, -4), (110, 130, -8), (127, 160, -38), (180, 182, -40)],
+)
+@pytest.mark.parametrize("h_q", [8, 64])
+def test_v4_decode_scales(h_q, first, last, power):
+    """Scales 2^(first - 127) to 2^(last - 127) beside RoPE around 1, also in groups of one row."""
+    case = cache_case("v4", DEVICE, batch=2, h_q=h_q, topk=200)
+    rows = Fp8Rows("v4", case["k_cache"])
+    at = rows.at(selected_slots(case))
+    count = len(at[0])
+    rows.scales[at] = torch.randint(first, last + 1, (count, 7), device=DEVICE).byte()
+    case["q"][..., : rows.d_nope].mul_(2.0**power)
+    check_gentle(case)
+    out, lse = dsa_ext.flash_mla_with_kvcache(**case)
+    expected, expected_lse = reference.flash_mla_with_kvcache(**case, out_dtype=FP32)
+    for part in range(0 if first > 60 else 448, 512, 64):  # a large one must not hide the others
+        some = slice(part, part + 64)
+        assert_close(out[..., some], expected[..., some], DECODE_TOLERANCE)
+    assert_lse_close(lse, expected_lse)
+
+
+@pytest.mark.usefixtures("decode_kernel")
 @pytest.mark.parametrize("largest", [2.0**-60, 2.0**-20, 1.0])
-def test_v32_decode_of_unlike_heads(largest):
+@pytest.mark.parametrize("name", FP8_FORMATS)
+def test_fp8_decode_of_unlike_heads(name, largest):
     """Heads whose queries differ by powers of two."""
-    case = cache_case("v32", DEVICE, batch=2, h_q=64, topk=200)
+    case = cache_case(name, DEVICE, batch=2, h_q=64, topk=200)
     powers = torch.randint(-12, 1, (64, 1), device=DEVICE).float()
     case["q"].mul_(torch.exp2(powers) * largest)
     check_cache(case)
@@ -357,9 +410,10 @@ def test_v32_decode_of_unlike_heads(largest):
 
 @pytest.mark.usefixtures("decode_kernel")
 @pytest.mark.parametrize("value", [INF, -INF, float("nan")])
-def test_v32_decode_of_a_head_that_is_not_finite(value):
+@pytest.mark.parametrize("name", FP8_FORMATS)
+def test_fp8_decode_of_a_head_that_is_not_finite(name, value):
     """The other heads do not notice."""
-    case = cache_case("v32", DEVICE, batch=2, h_q=64, topk=200)
+    case = cache_case(name, DEVICE, batch=2, h_q=64, topk=200)
     case["q"][:, :, 5, 7] = value
     check_gentle(case)
 
@@ -369,36 +423,53 @@ def test_v32_decode_of_a_head_that_is_not_finite(value):
 def test_v32_decode_of_a_head_that_begins_with_minus_infinity(h_q):
     """Its first tile has no score above -inf, the other heads' has; its later ones are low."""
     case = cache_case("v32", DEVICE, batch=1, s_q=1, h_q=h_q, topk=600)
-    cache, page_size = case["k_cache"], case["k_cache"].shape[1]
-    slots = case["indices"].flatten()
-    slots = slots[(slots >= 0) & (slots < cache.shape[0] * page_size)].unique()[:128]
+    slots = selected_slots(case)[:128]
     assert len(slots) == 128
-    rope = cache[..., 528:].view(BF16)
-    page, token = slots.long() // page_size, slots.long() % page_size
-    rope[page[:64], token[:64], 0, 0] = -INF
-    rope[page, token, 0, 1] = 8
+    rows = Fp8Rows("v32", case["k_cache"])
+    page, token = rows.at(slots)
+    rows.rope[page[:64], token[:64], 0] = -INF
+    rows.rope[page, token, 1] = 8
     case["q"][..., 512:514] = 0
     case["q"][:, :, 0, 512:514] = torch.tensor([1.0, -85.0])
     case["q"][:, :, 1, 512] = -1
-    case["indices"] = slots.view(1, 1, -1)
+    case["indices"] = int32(slots.view(1, 1, -1), DEVICE)
     check_cache(case)
 
 
-def test_v32_decode_of_queries_between_others():
+@pytest.mark.usefixtures("decode_kernel")
+@pytest.mark.parametrize("name", FP8_FORMATS)
+def test_fp8_decode_of_an_empty_head_beside_infinite_values(name):
+    """A head all of whose scores are -inf has zeros, though V4's values are infinite."""
+    case = cache_case(name, DEVICE, batch=2, h_q=16, topk=100)
+    rows = Fp8Rows(name, case["k_cache"])
+    rows.rope[(*rows.at(selected_slots(case)), 0)] = -INF
+    case["q"][..., rows.d_nope] = 0
+    case["q"][:, :, 3, rows.d_nope] = 1
+    out, lse = check_cache(case)
+    assert (out[:, :, 3] == 0).all()
+    assert (lse[:, 3] == INF).all()
+
+
+@pytest.mark.parametrize("name", FP8_FORMATS)
+def test_fp8_decode_of_queries_between_others(name):
     """One head of more, and one token of one head at an odd address: kernels that copy refuse."""
-    case = cache_case("v32", DEVICE, batch=2, h_q=1, topk=100)
+    d_qk = FORMATS[name].d_qk
+    case = cache_case(name, DEVICE, batch=2, h_q=1, topk=100)
     for pad in (0, 1, 8):
-        wide = torch.randn(2, 2, 16, 576 + pad, device=DEVICE).to(BF16)
-        check_gentle(case | {"q": wide[:, :, 3:4, :576]})
-    case = cache_case("v32", DEVICE, batch=1, s_q=1, h_q=1, topk=100)
-    check_gentle(case | {"q": torch.randn(577, device=DEVICE).to(BF16)[1:].view(1, 1, 1, 576)})
+        wide = torch.randn(2, 2, 16, d_qk + pad, device=DEVICE).to(BF16)
+        check_gentle(case | {"q": wide[:, :, 3:4, :d_qk]})
+    case = cache_case(name, DEVICE, batch=1, s_q=1, h_q=1, topk=100)
+    check_gentle(
+        case | {"q": torch.randn(d_qk + 1, device=DEVICE).to(BF16)[1:].view(1, 1, 1, d_qk)}
+    )
 
 
 @pytest.mark.usefixtures("decode_kernel")
 @pytest.mark.parametrize("h_q", [16, 128])
-def test_v32_decode_with_few_valid_slots(h_q):
+@pytest.mark.parametrize("name", FP8_FORMATS)
+def test_fp8_decode_with_few_valid_slots(name, h_q):
     """Tiles of which few slots, or none, are valid, first, last and between."""
-    case = cache_case("v32", DEVICE, batch=4, s_q=1, h_q=h_q, topk=500)
+    case = cache_case(name, DEVICE, batch=4, s_q=1, h_q=h_q, topk=500)
     indices = case["indices"]
     kept = torch.zeros_like(indices, dtype=torch.bool)
     kept[0, 0, 300:310] = kept[1, 0, :1] = kept[2, 0, -1:] = True
@@ -407,19 +478,24 @@ def test_v32_decode_with_few_valid_slots(h_q):
 
 
 @pytest.mark.usefixtures("decode_kernel")
-@pytest.mark.parametrize("where", ["code", "scale", "rope"])
-def test_v32_decode_of_values_that_are_not_numbers(where):
+@pytest.mark.parametrize("where", ["first code", "last code", "scale", "rope"])
+@pytest.mark.parametrize("name", FP8_FORMATS)
+def test_fp8_decode_of_values_that_are_not_numbers(name, where):
     """NaN in a row that one of two requests selects."""
-    case = cache_case("v32", DEVICE, batch=2, s_q=1, h_q=64, topk=200)
-    cache, page_size = case["k_cache"], case["k_cache"].shape[1]
-    first, second = (set(row[row >= 0].tolist()) for row in case["indices"][:, 0].cpu())
-    total = cache.shape[0] * page_size
-    slot = min(s for s in first - second if s < total)
-    row = cache[slot // page_size, slot % page_size, 0]
-    at = {"code": (3, 0x7F), "scale": (512 + 3, 0x7F), "rope": (528 + 1, 0x7F)}[where]
-    row[at[0]] = at[1]
-    row[at[0] - 1] = 0xFF
-    check_gentle(case)
+    for negative in (False, True):
+        case = cache_case(name, DEVICE, batch=2, s_q=1, h_q=64, topk=200)
+        of_first, of_second = selected_slots(case, 0), selected_slots(case, 1)
+        slot = of_first[~torch.isin(of_first, of_second)][0]
+        rows = Fp8Rows(name, case["k_cache"])
+        if where == "rope":
+            rows.rope[(*rows.at(slot), 5)] = float("nan")
+        elif where == "scale":
+            nan = float("nan") if name == "v32" else 255
+            rows.scales[(*rows.at(slot), 3)] = nan
+        else:
+            dim = 3 if where == "first code" else rows.d_nope - 1
+            rows.codes[(*rows.at(slot), dim)] = 0xFF if negative else 0x7F
+        check_gentle(case)
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 16, 64, 100, 256])

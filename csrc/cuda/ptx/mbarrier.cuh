@@ -39,6 +39,13 @@ __device__ __forceinline__ void mbarrier_arrive_expect(Mbarrier& barrier, std::u
       : "memory");
 }
 
+// Arrives once this thread's cp.async so far are complete; one of the arrivals that were set.
+__device__ __forceinline__ void mbarrier_arrive_after_cp_async(Mbarrier& barrier) {
+  asm volatile(
+      "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&barrier))
+      : "memory");
+}
+
 // Waits until the phase of this parity is complete. A fresh barrier is in phase 0, and the one
 // before it, of parity 1, counts as complete.
 __device__ __forceinline__ void mbarrier_wait(Mbarrier& barrier, std::uint32_t parity) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/common/attention_keys.cuh"
 #include "cuda/ptx/mbarrier.cuh"
@@ -10,21 +11,24 @@
 
 namespace dsa::cuda::sm90a {
 
-template <int kHeads_>
+// Layout: of the cache, MlaV32Layout or MlaV4Layout.
+template <typename Layout, int kHeads_>
 struct KvCacheFwdConfig {
+  static constexpr bool kIsV32 = std::is_same_v<Layout, MlaV32Layout>;
   static constexpr int kHeads = kHeads_;  // of a tile: 8, 16, 32 or 64
   static constexpr int kTokens = 64;      // of a tile
 
-  static constexpr int kNope = static_cast<int>(MlaV32Layout::kDimNope);
-  static constexpr int kRope = static_cast<int>(MlaV32Layout::kDimRope);
-  static constexpr int kGroup = static_cast<int>(MlaV32Layout::kGroup);
+  static constexpr int kNope = static_cast<int>(Layout::kDimNope);
+  static constexpr int kRope = static_cast<int>(Layout::kDimRope);
+  static constexpr int kGroup = static_cast<int>(Layout::kGroup);
   static constexpr int kGroups = kNope / kGroup;
-  static constexpr int kDimV = static_cast<int>(MlaV32Layout::kDimV);
-  static constexpr int kRowBytes = static_cast<int>(MlaV32Layout::kTokenBytes);
-  static constexpr int kScaleOffset = static_cast<int>(MlaV32Layout::kScaleOffset);
-  static constexpr int kRopeOffset = static_cast<int>(MlaV32Layout::kRopeOffset);
-  // Eight rows' 16-byte chunks are in different banks.
-  static_assert(kRowBytes / 16 % 2 == 1 && kRowBytes % 16 == 0);
+  static constexpr int kDimV = static_cast<int>(Layout::kDimV);
+  static constexpr int kRopeOffset = static_cast<int>(Layout::rope(0));
+  static constexpr int kRowBytes =  // that are copied; without V4's scales
+      static_cast<int>(kIsV32 ? MlaV32Layout::kTokenBytes : MlaV4Layout::kDataBytes);
+  // In shared memory eight rows' 16-byte chunks are in different banks.
+  static constexpr int kRowPitch = kRowBytes + (kRowBytes / 16 % 2 == 0 ? 16 : 0);
+  static_assert(kRowPitch / 16 % 2 == 1 && kRowPitch % 16 == 0);
 
   // Warpgroups.
   static constexpr int kScores = 0, kFirstValues = 1, kProducer = 3;
@@ -40,6 +44,8 @@ struct KvCacheFwdConfig {
   static_assert(kScoreRegisters + kValueWarpgroups * kValueRegisters + kProducerRegisters <=
                 4 * kRegisters);
   static constexpr int kCopyWarps = 2, kPrepareWarps = 2;
+  // One a warp; of V4's scales also one a lane.
+  static constexpr int kFullRawArrivals = kCopyWarps * (kIsV32 ? 1 : 33);
   static constexpr int kReaderWarps = 4 * (1 + kValueWarpgroups);  // of a raw tile
 
   static constexpr int kBlock = 64;  // dims, or tokens, of 128 bytes: the span of a swizzle
@@ -47,21 +53,31 @@ struct KvCacheFwdConfig {
   static constexpr int kQueryBlocks = (kNope + kRope) / kBlock;
   static constexpr int kValueTiles = kDimV / kValueWarpgroups / 64;  // of a warpgroup, of 64 dims
 
-  // Of scores, that take turns by group: as many as there are registers for.
+  // Of scores, that take turns: as many as there are registers for.
   static constexpr int kSums = kHeads == 64 ? 1 : 2;
 
   static constexpr int kStages = kHeads == 64 ? 3 : 4;  // of raw tiles
 
+  // Of a tile's rows.
+  struct V32Scales {
+    // A row's scales are f16 * 2^(exponent - kScaleBits), for V; for K as KvCacheFwdScores says.
+    alignas(16) std::uint16_t f16[kGroups][kTokens];
+    float ratios[kGroups + kSums - 1][kTokens];
+  };
+  struct V4Scales {
+    alignas(16) std::uint16_t f16[kGroups][kTokens];  // the same, for K and V
+    alignas(16) std::uint64_t codes[kTokens];         // ue8m0, as copied
+  };
+
   struct SharedStorage {
     alignas(1024) std::uint8_t q[kQueryBlocks][kBlockBytes];  // [heads, 64 dims], swizzled
-    alignas(1024) std::uint8_t p[kBlockBytes];                // [heads, 64 tokens], swizzled
-    alignas(16) float4 scores[kHeads / 8][128];               // as their threads have them
-    alignas(128) std::uint8_t raw[kStages][kTokens * kRowBytes];
-    // A row's scales are scale * 2^(exponent - kScaleBits), for V; for K as KvCacheFwdScores says.
-    alignas(16) std::uint16_t scales[kStages][kGroups][kTokens];  // f16
-    std::int32_t exponents[kStages][kTokens];                     // kNoRow: there is none
-    float ratios[kStages][kGroups + kSums - 1][kTokens];
-    float last_scales[kStages][kTokens];
+    // [heads, 64 tokens], swizzled: f16; of V4 also bf16, for RoPE, without the rows' exponents.
+    alignas(1024) std::uint8_t p[kIsV32 ? 1 : 2][kBlockBytes];
+    alignas(16) float4 scores[kHeads / 8][128];  // as their threads have them
+    alignas(128) std::uint8_t raw[kStages][kTokens * kRowPitch];
+    std::conditional_t<kIsV32, V32Scales, V4Scales> scales[kStages];
+    std::int32_t exponents[kStages][kTokens];  // kNoRow: there is none
+    float last_scales[kStages][kTokens];       // what a row's scores are multiplied by
     alignas(16) const std::uint8_t* rows[kCopyWarps][kTokens / kCopyWarps];  // of the next copies
     std::uint32_t valid[kStages][kCopyWarps];
     alignas(16) float bases[kHeads];         // of the softmax
@@ -79,6 +95,8 @@ struct KvCacheFwdConfig {
 
   static constexpr std::int32_t kNoRow = -1024;
   static constexpr int kScaleBits = 5;  // scales are up to 2^5
+  // Exponents of what is far outside stay where powers of two of them are numbers.
+  static constexpr int kLeastExponent = kIsV32 ? -30 : -60, kMostExponent = kIsV32 ? 110 : 60;
 };
 
 // Eight words of two operands for wgmma.

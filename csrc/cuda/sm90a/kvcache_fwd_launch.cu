@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// flash_mla_with_kvcache on Hopper, over caches of 656-byte rows.
+// flash_mla_with_kvcache on Hopper, over FP8 caches.
 #include <cstdint>
 
 #include "cuda/common/attention_splits.h"
@@ -50,19 +50,25 @@ Status run(const KvCacheFwdParams& p) {
 }
 
 // use(Config{}) of the fewest heads that have all in one tile, or of 64.
+template <typename Layout, typename Use>
+auto with_heads(std::int64_t heads, Use&& use) {
+  if (heads <= 8) return use(sm90a::KvCacheFwdConfig<Layout, 8>{});
+  if (heads <= 16) return use(sm90a::KvCacheFwdConfig<Layout, 16>{});
+  if (heads <= 32) return use(sm90a::KvCacheFwdConfig<Layout, 32>{});
+  return use(sm90a::KvCacheFwdConfig<Layout, 64>{});
+}
+
 template <typename Use>
-auto with_config(std::int64_t heads, Use&& use) {
-  if (heads <= 8) return use(sm90a::KvCacheFwdConfig<8>{});
-  if (heads <= 16) return use(sm90a::KvCacheFwdConfig<16>{});
-  if (heads <= 32) return use(sm90a::KvCacheFwdConfig<32>{});
-  return use(sm90a::KvCacheFwdConfig<64>{});
+auto with_config(const KvCacheFwdParams& p, Use&& use) {
+  const std::int64_t heads = p.q.size(2);
+  if (format_of(p.k_cache) == LatentFormat::kMlaV32) return with_heads<MlaV32Layout>(heads, use);
+  return with_heads<MlaV4Layout>(heads, use);
 }
 
 }  // namespace
 
 Support sm90a_kvcache_fwd_takes(const KvCacheFwdParams& p) {
-  const bool is_v32 = p.is_fp8_kvcache && format_of(p.k_cache) == LatentFormat::kMlaV32;
-  if (!is_v32) return {"a cache of 656-byte rows"};
+  if (!p.is_fp8_kvcache) return {"an FP8 cache"};
   if (p.q.dtype != DType::kBFloat16) return {"a bfloat16 q"};
   const auto is_copied = [](const TensorView& cache) {
     return !cache.defined() || paged_rows(cache).aligned;
@@ -77,12 +83,12 @@ Support sm90a_kvcache_fwd_takes(const KvCacheFwdParams& p) {
 }
 
 std::int64_t sm90a_kvcache_fwd_workspace_bytes(const KvCacheFwdParams& p) {
-  return with_config(p.q.size(2),
+  return with_config(p,
                      [&](auto config) { return plan_of<decltype(config)>(p).workspace_bytes(p); });
 }
 
 Status sm90a_kvcache_fwd(const KvCacheFwdParams& p) {
-  return with_config(p.q.size(2), [&](auto config) { return run<decltype(config)>(p); });
+  return with_config(p, [&](auto config) { return run<decltype(config)>(p); });
 }
 
 }  // namespace dsa::cuda

@@ -9,6 +9,7 @@
 
 #include "core/pipeline_state.h"
 #include "cuda/common/attention_args.h"
+#include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/sm90a/kvcache_fwd_config.h"
@@ -50,17 +51,22 @@ class KvCacheFwdProducer {
     auto stage = PipelineState<Config::kStages>::producer_start();
     std::int32_t slot = fetch(begin);
     for (int tile = begin; tile < end; ++tile, stage.advance()) {
-      const std::uint8_t* row = shared_.keys.row(args_, key(tile), slot).values;
-      const std::uint32_t valid = __ballot_sync(~0u, row != nullptr);
+      const KeyRow row = shared_.keys.row(args_, key(tile), slot);
+      const std::uint32_t valid = __ballot_sync(~0u, row.values != nullptr);
       shared_.rows[half_][lane_] =
-          row != nullptr ? row : reinterpret_cast<const std::uint8_t*>(kAbsentRow);
+          row.values != nullptr ? row.values : reinterpret_cast<const std::uint8_t*>(kAbsentRow);
       slot = fetch(tile + 1);
       if (tile == begin + 1) ptx::mbarrier_wait(shared_.full_q, 0);  // without it nothing begins
       ptx::mbarrier_wait(shared_.empty_raw[stage.index], stage.phase);
       __syncwarp();
+      if constexpr (!Config::kIsV32) {
+        std::uint64_t& codes = shared_.scales[stage.index].codes[kRows * half_ + lane_];
+        ptx::cp_async_or_zeros<8>(ptx::shared_address(&codes), row.scales, row.scales != nullptr);
+        ptx::mbarrier_arrive_after_cp_async(shared_.full_raw[stage.index]);
+      }
       if (ptx::elect_one()) {
         ptx::Mbarrier& full = shared_.full_raw[stage.index];
-        std::uint8_t* to = shared_.raw[stage.index] + kRows * half_ * Config::kRowBytes;
+        std::uint8_t* to = shared_.raw[stage.index] + kRows * half_ * Config::kRowPitch;
         shared_.valid[stage.index][half_] = valid;
         ptx::mbarrier_arrive_expect(full, kRows * Config::kRowBytes);
         constexpr int kAtOnce = 8;
@@ -71,7 +77,7 @@ class KvCacheFwdProducer {
           for (int k = 0; k < kAtOnce; ++k) from[k] = shared_.rows[half_][i + k];
 #pragma unroll
           for (int k = 0; k < kAtOnce; ++k) {
-            ptx::bulk_load(to + (i + k) * Config::kRowBytes, from[k], Config::kRowBytes, full);
+            ptx::bulk_load(to + (i + k) * Config::kRowPitch, from[k], Config::kRowBytes, full);
           }
         }
       }
@@ -88,42 +94,74 @@ class KvCacheFwdProducer {
     const int token = kRows * half_ + lane_;
     for (int tile = 0; tile < shared_.tiles; ++tile, stage.advance()) {
       ptx::mbarrier_wait(shared_.full_raw[stage.index], stage.phase);
-      const auto scales = *reinterpret_cast<const float4*>(
-          shared_.raw[stage.index] + token * Config::kRowBytes + Config::kScaleOffset);
-      const float each[Config::kGroups] = {scales.x, scales.y, scales.z, scales.w};
+      const std::uint8_t* row = shared_.raw[stage.index] + token * Config::kRowPitch;
+      auto& to = shared_.scales[stage.index];
+      float scales[Config::kGroups];
+      load_scales(row, to, token, scales);
       float largest = 0.0f;
 #pragma unroll
-      for (const float scale : each) largest = fmaxf(largest, fabsf(scale));
-      // For V. The largest scale is below 2^exponent. Exponents of what is far outside stay where
-      // powers of two of them are numbers.
-      const int exponent =
-          std::clamp(static_cast<int>(__float_as_uint(largest) >> 23) - 126, -30, 110);
+      for (const float scale : scales) largest = fmaxf(largest, fabsf(scale));
+      // The largest scale is below 2^exponent.
+      const int exponent = std::clamp(static_cast<int>(__float_as_uint(largest) >> 23) - 126,
+                                      int{Config::kLeastExponent}, int{Config::kMostExponent});
       const float unit = __uint_as_float((127 + Config::kScaleBits - exponent) << 23);
 #pragma unroll
       for (int g = 0; g < Config::kGroups; ++g) {
-        shared_.scales[stage.index][g][token] = __half_as_ushort(__float2half_rn(each[g] * unit));
+        to.f16[g][token] = __half_as_ushort(__float2half_rn(scales[g] * unit));
       }
       const bool valid = (shared_.valid[stage.index][half_] >> lane_ & 1u) != 0;
       shared_.exponents[stage.index][token] = valid ? exponent : Config::kNoRow;
-      // For K. What is divided by must not be 0; what is this small beside the largest, or beside
-      // RoPE, may as well be this large.
-      const float least = fmaxf(largest * 0x1p-40f, 0x1p-60f);
-      const auto at_least = [&](float scale) { return fabsf(scale) < least ? least : scale; };
-      const float k[Config::kGroups] = {at_least(each[0]), at_least(each[1]), at_least(each[2]),
-                                        at_least(each[3])};
-#pragma unroll
-      for (int g = 0; g < Config::kGroups; ++g) {
-        const float before = g < Config::kSums ? 1.0f : k[g - Config::kSums];
-        shared_.ratios[stage.index][g][token] = before / k[g];
-      }
-      if constexpr (Config::kSums == 2) {
-        shared_.ratios[stage.index][Config::kGroups][token] =
-            k[Config::kGroups - 2] / k[Config::kGroups - 1];
-      }
-      shared_.last_scales[stage.index][token] = k[Config::kGroups - 1];
+      shared_.last_scales[stage.index][token] = prepare_k(to, token, scales, largest, exponent);
       __syncwarp();
       if (lane_ == 0) ptx::mbarrier_arrive(shared_.full_scales[stage.index]);
     }
+  }
+
+  using V32Scales = typename Config::V32Scales;
+  using V4Scales = typename Config::V4Scales;
+
+  __device__ static void load_scales(const std::uint8_t* row, const V32Scales&, int,
+                                     float (&scales)[Config::kGroups]) {
+    constexpr int kOffset = static_cast<int>(MlaV32Layout::scales(0));
+    const auto four = *reinterpret_cast<const float4*>(row + kOffset);
+    const float each[] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int g = 0; g < Config::kGroups; ++g) scales[g] = each[g];
+  }
+
+  __device__ static void load_scales(const std::uint8_t*, const V4Scales& from, int token,
+                                     float (&scales)[Config::kGroups]) {
+    constexpr std::uint32_t kNanCode = 255;
+    const std::uint64_t codes = from.codes[token];
+#pragma unroll
+    for (int g = 0; g < Config::kGroups; ++g) {
+      const auto code = static_cast<std::uint32_t>(codes >> 8 * g) & 255u;
+      scales[g] = code == kNanCode ? NAN : __uint_as_float(code << 23);  // 2^-127 becomes 0
+    }
+  }
+
+  // What a row's scores are multiplied by in the end. What is divided by must not be 0; what is
+  // this small beside the largest, or beside RoPE, may as well be this large.
+  __device__ static float prepare_k(V32Scales& to, int token,
+                                    const float (&scales)[Config::kGroups], float largest, int) {
+    const float least = fmaxf(largest * 0x1p-40f, 0x1p-60f);
+    float k[Config::kGroups];
+#pragma unroll
+    for (int g = 0; g < Config::kGroups; ++g) k[g] = fabsf(scales[g]) < least ? least : scales[g];
+#pragma unroll
+    for (int g = 0; g < Config::kGroups; ++g) {
+      const float before = g < Config::kSums ? 1.0f : k[g - Config::kSums];
+      to.ratios[g][token] = before / k[g];
+    }
+    if constexpr (Config::kSums == 2) {
+      to.ratios[Config::kGroups][token] = k[Config::kGroups - 2] / k[Config::kGroups - 1];
+    }
+    return k[Config::kGroups - 1];
+  }
+
+  __device__ static float prepare_k(V4Scales&, int, const float (&)[Config::kGroups], float,
+                                    int exponent) {
+    return __uint_as_float((127 - Config::kScaleBits + exponent) << 23);
   }
 
   SharedStorage& shared_;

@@ -23,12 +23,12 @@ struct QueryScale {
 // They have been copied as they are. What meets e4m3 becomes f16: all times the power of two
 // that brings the largest one of all heads just under 2^15, or 2^41 if that is less, exact for what
 // is within 2^29 of it, and RoPE times the same. Of each 16 dims 4t, 4t + 1 move to 2t, 2t + 1 and
-// 4t + 2, 4t + 3 to 2t + 8, 2t + 9, as the keys' come from ldmatrix. A warp has 256 dims of two
-// heads at a time, so that eight lanes read different banks.
+// 4t + 2, 4t + 3 to 2t + 8, 2t + 9, as the keys' come from ldmatrix. A warp has up to 256
+// dims of two heads at a time, so that eight lanes read different banks.
 template <typename Config>
 __device__ QueryScale convert_queries(typename Config::SharedStorage& shared) {
   constexpr int kWarps = Config::kReaderWarps, kThreads = 32 * kWarps;
-  constexpr int kParts = Config::kNope / 256;
+  constexpr int kParts = (Config::kNope + 255) / 256, kChunks = Config::kNope / 8;
   const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
   const auto chunk = [&](int head, int i) -> uint4& {
     return *reinterpret_cast<uint4*>(shared.q[i / 8] + head * 128 + (i % 8 ^ head % 8) * 16);
@@ -38,7 +38,9 @@ __device__ QueryScale convert_queries(typename Config::SharedStorage& shared) {
     for (int i = warp; i < Config::kHeads / 2 * kParts; i += kWarps) {
       const int head = i / kParts * 2 + lane / 4 % 2;
       const int first = (i % kParts * 4 + lane / 8) * 8 + lane % 4 * 2;
-      use(chunk(head, first), chunk(head, first + 1));
+      if (Config::kNope % 256 == 0 || first < kChunks) {
+        use(chunk(head, first), chunk(head, first + 1));
+      }
     }
   };
   ptx::mbarrier_wait(shared.full_q, 0);
@@ -70,7 +72,7 @@ __device__ QueryScale convert_queries(typename Config::SharedStorage& shared) {
     second = {narrow(x.y), narrow(x.w), narrow(y.y), narrow(y.w)};
   });
   for (int i = thread; i < Config::kHeads * (Config::kRope / 8); i += kThreads) {
-    uint4& rope = chunk(i / (Config::kRope / 8), Config::kNope / 8 + i % (Config::kRope / 8));
+    uint4& rope = chunk(i / (Config::kRope / 8), kChunks + i % (Config::kRope / 8));
     rope = {raise(rope.x), raise(rope.y), raise(rope.z), raise(rope.w)};
   }
   if (thread < Config::kHeads) {

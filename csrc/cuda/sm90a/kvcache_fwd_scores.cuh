@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The decode kernel's scores: S^T [64 tokens, heads] = K [64, 576] Q^T, by one warpgroup. K goes
-// from raw rows through registers, e4m3 -> f16; RoPE is bf16 on both sides.
+// The decode kernel's scores: S^T [64 tokens, heads] = K [64, dims] Q^T, by one warpgroup. K goes
+// from raw rows through registers, e4m3 -> f16, of V4 times its scale; RoPE is bf16 on both sides.
 #pragma once
 
 #include <cstdint>
 
 #include "core/pipeline_state.h"
+#include "cuda/common/pair.cuh"
 #include "cuda/common/unrolled.cuh"
 #include "cuda/ptx/cvt_e4m3.cuh"
 #include "cuda/ptx/ldst.cuh"
@@ -48,14 +49,16 @@ class KvCacheFwdScores {
   // This thread's two rows.
   __device__ int row(int i) const { return 16 * warp_ + lane_ / 4 + 8 * i; }
 
-  // K q of a tile, 32 dims a step, RoPE first and then group after group. A group's products are
-  // added to a sum whose scale is made that of the group: of RoPE 1. With two sums in turns one is
-  // multiplied while products are added to the other. What is left has the scale of the last group.
-  // Scales are waited for when one is needed.
+  // K q of a tile, 32 dims a step, RoPE first and then group after group; what is left has the last
+  // scale. V32: a group's products are added to a sum whose scale is made that of the group: of
+  // RoPE
+  // 1. With two sums in turns one is multiplied while products are added to the other. V4: scales,
+  // powers of two, are K's, and one over the last one RoPE's. Scales are waited for when one is
+  // needed.
   __device__ void multiply(const PipelineState<Config::kStages>& state) {
     const std::uint32_t stage = state.index;
     const std::uint32_t raw = ptx::shared_address(shared_.raw[stage]) +
-                              (16 * warp_ + lane_ % 16) * Config::kRowBytes + lane_ / 16 * 16;
+                              (16 * warp_ + lane_ % 16) * Config::kRowPitch + lane_ / 16 * 16;
     const ptx::WgmmaDescriptor<128> q(shared_.q[0]);
     constexpr int kNopeSteps = Config::kNope / 32, kRopeSteps = Config::kRope / 32;
     constexpr int kGroupSteps = Config::kGroup / 32;
@@ -71,6 +74,22 @@ class KvCacheFwdScores {
     }
 #pragma unroll
     for (int step = 0; step < kAhead; ++step) ptx::ldmatrix_x4(codes[step], raw + step * 32);
+    std::uint32_t scales[2];  // V4: of a group, of this thread's rows
+    if constexpr (!Config::kIsV32) {
+      ptx::mbarrier_wait(shared_.full_scales[stage], state.phase);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const auto last = __float_as_uint(shared_.last_scales[stage][row(i)]);
+        const std::uint32_t inverse = (254u - (last >> 23)) * 0x800080u;  // bf16
+#pragma unroll
+        for (int step = 0; step < kRopeSteps; ++step) {
+          for (auto* a : {operands[step].first, operands[step].second}) {
+            a[i] = times<__nv_bfloat16>(a[i], inverse);
+            a[i + 2] = times<__nv_bfloat16>(a[i + 2], inverse);
+          }
+        }
+      }
+    }
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kRopeSteps; ++step) {
@@ -89,30 +108,41 @@ class KvCacheFwdScores {
       if constexpr (ahead < kNopeSteps) {
         ptx::ldmatrix_x4(codes[ahead % (kAhead + 1)], raw + ahead * 32);
       }
+      if constexpr (!Config::kIsV32 && is_first) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          scales[i] = shared_.scales[stage].f16[group][row(i)] * 0x10001u;
+        }
+      }
       OperandPair& a = operands[(step + kRopeSteps) % kOperands];
       ptx::wgmma_wait<kOperands - 1>();
       if constexpr (step + kRopeSteps >= kOperands) a.keep();
       const std::uint32_t (&c)[4] = codes[step % (kAhead + 1)];
-      const auto widen = [&](std::uint32_t word, std::uint32_t& low, std::uint32_t& high) {
-        const uint2 wide = ptx::f16x4_from_e4m3x4(word);
-        low = wide.x;
-        high = wide.y;
+      const auto widen = [&](std::uint32_t word, int i, std::uint32_t (&operand)[4]) {
+        uint2 wide = ptx::f16x4_from_e4m3x4(word);
+        if constexpr (!Config::kIsV32) {
+          wide = {times<__half>(wide.x, scales[i]), times<__half>(wide.y, scales[i])};
+        }
+        operand[i] = wide.x;
+        operand[i + 2] = wide.y;
       };
-      widen(c[0], a.first[0], a.first[2]);
-      widen(c[1], a.first[1], a.first[3]);
-      widen(c[2], a.second[0], a.second[2]);
-      widen(c[3], a.second[1], a.second[3]);
-      constexpr bool is_fresh = group < kSums - 1;
-      float (&sum)[2 * kColumns] = scores_[group % kSums];
-      if constexpr (is_first && !is_fresh) {
+      widen(c[0], 0, a.first);
+      widen(c[1], 1, a.first);
+      widen(c[2], 0, a.second);
+      widen(c[3], 1, a.second);
+      constexpr bool takes_over = Config::kIsV32 ? is_first : step < kSums;  // a sum
+      constexpr int turn = Config::kIsV32 ? group : step;
+      constexpr bool is_fresh = turn < kSums - 1;
+      float (&sum)[2 * kColumns] = scores_[turn % kSums];
+      if constexpr (Config::kIsV32 && takes_over && !is_fresh) {
         if constexpr (group == kSums - 1)
           ptx::mbarrier_wait(shared_.full_scales[stage], state.phase);
         if constexpr (kSums == 1) ptx::wgmma_wait<0>();
-        times_ratio(sum, shared_.ratios[stage][group]);
+        times_ratio(sum, stage, group);
       }
       const auto block = q + step / 2 * Config::kBlockBytes + step % 2 * 64;
       ptx::wgmma_fence();
-      ptx::wgmma_16_bit<__half>(sum, a.first, block, !(is_first && is_fresh));
+      ptx::wgmma_16_bit<__half>(sum, a.first, block, !(takes_over && is_fresh));
       ptx::wgmma_16_bit<__half>(sum, a.second, block + 32, true);
       ptx::wgmma_commit();
     });
@@ -122,8 +152,9 @@ class KvCacheFwdScores {
     for (OperandPair& a : operands) a.keep();
   }
 
-  // The products of `sum` are not the last ones, and so are done.
-  __device__ void times_ratio(float (&sum)[2 * kColumns], const float* ratios) const {
+  // V32. The products of `sum` are not the last ones, and so are done.
+  __device__ void times_ratio(float (&sum)[2 * kColumns], std::uint32_t stage, int group) const {
+    const float* ratios = shared_.scales[stage].ratios[group];
     ptx::wgmma_result(sum);
     const float ratio[2] = {ratios[row(0)], ratios[row(1)]};
 #pragma unroll
@@ -133,10 +164,14 @@ class KvCacheFwdScores {
     }
   }
 
-  // The first sum, of the group before the last, is added to the last one's.
+  // The first sum is added to the last one's; V32: it is of the group before the last.
   __device__ void add_sums(int stage) {
-    const float* ratios = shared_.ratios[stage][Config::kGroups];
-    const float ratio[2] = {ratios[row(0)], ratios[row(1)]};
+    float ratio[2] = {1.0f, 1.0f};
+    if constexpr (Config::kIsV32) {
+      const float* ratios = shared_.scales[stage].ratios[Config::kGroups];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) ratio[i] = ratios[row(i)];
+    }
 #pragma unroll
     for (int i = 0; i < 2 * kColumns; ++i) {
       scores_[0][i] = fmaf(scores_[0][i], ratio[i / 2 % 2], scores_[1][i]);

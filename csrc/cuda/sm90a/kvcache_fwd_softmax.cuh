@@ -97,8 +97,8 @@ class KvCacheFwdSoftmax {
 
   // Of all threads what they have of each head: kRows rows of heads, where P will be.
   __device__ const float* by_row(const float (&x)[2 * kBlocks]) const {
-    auto* rows = reinterpret_cast<float*>(shared_.p);
-    static_assert(kRows * Config::kHeads * sizeof(float) <= sizeof(shared_.p));
+    auto* rows = reinterpret_cast<float*>(shared_.p[0]);
+    static_assert(kRows * Config::kHeads * sizeof(float) <= sizeof(shared_.p[0]));
     if (active()) {
 #pragma unroll
       for (int j = 0; j < kBlocks; ++j) {
@@ -148,20 +148,30 @@ class KvCacheFwdSoftmax {
     }
   }
 
-  // P^T as f16, by token, transposed: rows of heads.
+  // P^T as f16, and of V4 without the exponents as bf16.
   __device__ void store_p(const float (&x)[4 * kBlocks], const float (&up)[2]) {
-    std::uint32_t words[2 * kBlocks];
+    std::uint32_t words[2 * kBlocks], rope_words[2 * kBlocks];
 #pragma unroll
     for (int i = 0; i < 2 * kBlocks; ++i) {
       const float p0 = exp2_approx(x[2 * i]), p1 = exp2_approx(x[2 * i + 1]);
       sums_[i / 2 * 2] = fmaf(p0, up[i % 2], sums_[i / 2 * 2]);
       sums_[i / 2 * 2 + 1] = fmaf(p1, up[i % 2], sums_[i / 2 * 2 + 1]);
       words[i] = pack<__half>(p0, p1);
+      if constexpr (!Config::kIsV32) {
+        rope_words[i] = pack<__nv_bfloat16>(p0 * up[i % 2], p1 * up[i % 2]);
+      }
     }
+    store_words(words, shared_.p[0]);
+    if constexpr (!Config::kIsV32) store_words(rope_words, shared_.p[1]);
+    ptx::fence_async_shared();  // for wgmma
+  }
+
+  // By token, transposed: rows of heads.
+  __device__ void store_words(const std::uint32_t (&words)[2 * kBlocks], void* p) const {
     // Lane l has the address of row l % 8 of matrix l / 8: 8 heads by 8 tokens.
     const std::uint32_t chunk = 2 * warp_ + lane_ / 8 % 2;
-    const std::uint32_t address = ptx::shared_address(shared_.p) + 8 * block(0) * 128 +
-                                  lane_ % 8 * 128 + (chunk ^ lane_ % 8) * 16;
+    const std::uint32_t address =
+        ptx::shared_address(p) + 8 * block(0) * 128 + lane_ % 8 * 128 + (chunk ^ lane_ % 8) * 16;
     if constexpr (kBlocks == 1) {
       ptx::stmatrix_x2_trans(address, words[0], words[1]);
     } else {
@@ -171,7 +181,6 @@ class KvCacheFwdSoftmax {
                                words[i + 2], words[i + 3]);
       }
     }
-    ptx::fence_async_shared();  // for wgmma
   }
 
   SharedStorage& shared_;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The decode kernel's output: out^T [256 dims, heads] += V^T [256 dims, 64 tokens] P^T, by a
 // warpgroup. V^T goes from raw rows through registers: transposed by ldmatrix, e4m3 -> f16, times
-// its scale.
+// its scale; V4's RoPE as it is, with a P of its own.
 #pragma once
 
 #include <cstddef>
@@ -44,7 +44,11 @@ class KvCacheFwdValues {
       const bool moves = softmax_.make_p(stage.index, tile + 1 == shared_.tiles);
       if (moves && tile > 0) rescale();
       ptx::mbarrier_wait(shared_.full_raw[stage.index], stage.phase);
-      multiply(stage.index);
+      if (has_rope()) {
+        multiply<true>(stage.index);
+      } else {
+        multiply<false>(stage.index);
+      }
       __syncwarp();
       if (lane_ == 0) ptx::mbarrier_arrive(shared_.empty_raw[stage.index]);
     }
@@ -121,8 +125,21 @@ class KvCacheFwdValues {
       for (int j = 0; j < Config::kHeads / 8; ++j) {
 #pragma unroll
         for (int m = 0; m < Config::kValueTiles; ++m) {
+          if (m == kRopeTile && has_rope()) continue;
           const float* x = &out_[m][4 * j + odd];  // of a dim, and of the next
           *reinterpret_cast<float2*>(to + 8 * j * Config::kDimV + 64 * m) = {x[0], x[2]};
+        }
+      }
+      if (has_rope()) {
+        constexpr float kUp = 1 << Config::kScaleBits;  // as the others are
+#pragma unroll
+        for (int more = 0; more < 2; ++more) {
+          const int d = first_dim(kRopeTile) + lane_ / 4 + 8 * more;
+          float* of_dim = &staged(head, d / 4 * 4)->x + d % 4;
+#pragma unroll
+          for (int j = 0; j < Config::kHeads / 8; ++j) {
+            of_dim[8 * j * Config::kDimV] = out_[kRopeTile][4 * j + odd + 2 * more] * kUp;
+          }
         }
       }
     }
@@ -148,31 +165,44 @@ class KvCacheFwdValues {
     }
   }
 
-  // A step has 16 tokens and 128 dims, the span of a scale: two tiles of the output, so that its
-  // two products do not depend on each other. The first one's V is made before P is waited for.
+  // V4: whether this warpgroup's last tile is RoPE, of which a thread's rows are dims g and g + 8
+  // of a warp's; else they are 2 g and 2 g + 1.
+  __device__ bool has_rope() const { return !Config::kIsV32 && half_ == 1; }
+  static constexpr int kRopeTile = Config::kValueTiles - 1;
+
+  // A step has 16 tokens and 128 dims: two tiles of the output, so that its two products do not
+  // depend on each other. The first one's V is made before P is waited for.
+  template <bool kHasRope>
   __device__ void multiply(int stage) {
     const std::uint32_t raw = ptx::shared_address(shared_.raw[stage]) +
-                              lane_ % 16 * Config::kRowBytes + first_dim(0) + lane_ / 16 * 64;
-    const ptx::WgmmaDescriptor<128> p(shared_.p);
-    constexpr int kGroups = Config::kValueTiles / 2;
-    constexpr int kSteps = Config::kTokens / kTileTokens * kGroups;
+                              lane_ % 16 * Config::kRowPitch + first_dim(0) + lane_ / 16 * 64;
+    const std::uint32_t rope = ptx::shared_address(shared_.raw[stage]) +
+                               (lane_ / 16 * 8 + lane_ % 8) * Config::kRowPitch +
+                               Config::kRopeOffset + 32 * warp_ + lane_ / 8 % 2 * 16;
+    const ptx::WgmmaDescriptor<128> p(shared_.p[0]);
+    constexpr int kPairs = Config::kValueTiles / 2;  // of tiles
+    constexpr int kSteps = Config::kTokens / kTileTokens * kPairs;
     OperandPair operands[2];
     constexpr int kAhead = 2;  // steps
     std::uint32_t codes[kAhead + 1][4];
     const auto load = [&](int step) {
-      const int group = step % kGroups, tokens = step / kGroups * kTileTokens;
+      const int pair = step % kPairs, tokens = step / kPairs * kTileTokens;
       ptx::ldmatrix_x4_trans(codes[step % (kAhead + 1)],
-                             raw + tokens * Config::kRowBytes + group * Config::kGroup);
+                             raw + tokens * Config::kRowPitch + pair * 128);
     };
 #pragma unroll
     for (int step = 0; step < kAhead; ++step) load(step);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const int group = step % kGroups, tokens = step / kGroups * kTileTokens;
+      const int pair = step % kPairs, tokens = step / kPairs * kTileTokens;
       if (step + kAhead < kSteps) load(step + kAhead);
-      const auto* pairs = reinterpret_cast<const std::uint32_t*>(
-          &shared_.scales[stage][half_ * kGroups + group][tokens + lane_ % 4 * 2]);
-      const std::uint32_t scales[2] = {pairs[0], pairs[4]};
+      const auto scales_of = [&](int tile) {
+        const int dim = (half_ * Config::kValueTiles + tile) * 64;
+        const auto* pairs = reinterpret_cast<const std::uint32_t*>(
+            &shared_.scales[stage].f16[dim / Config::kGroup][tokens + lane_ % 4 * 2]);
+        return uint2{pairs[0], pairs[4]};
+      };
+      const uint2 scales = scales_of(2 * pair);
       OperandPair& a = operands[step % 2];
       ptx::wgmma_wait<1>();
       if (step >= 2) a.keep();
@@ -184,14 +214,26 @@ class KvCacheFwdValues {
         even = times<__half>(wide.x, scale);
         odd = times<__half>(wide.y, scale);
       };
-      widen(c[0], scales[0], a.first[0], a.first[1]);
-      widen(c[1], scales[1], a.first[2], a.first[3]);
-      widen(c[2], scales[0], a.second[0], a.second[1]);
-      widen(c[3], scales[1], a.second[2], a.second[3]);
+      const bool is_rope = kHasRope && 2 * pair + 1 == kRopeTile;
+      widen(c[0], scales.x, a.first[0], a.first[1]);
+      widen(c[1], scales.y, a.first[2], a.first[3]);
+      if (is_rope) {
+        ptx::ldmatrix_x4_trans(a.second, rope + tokens * Config::kRowPitch);
+      } else {
+        const uint2 seconds = Config::kIsV32 ? scales : scales_of(2 * pair + 1);
+        widen(c[2], seconds.x, a.second[0], a.second[1]);
+        widen(c[3], seconds.y, a.second[2], a.second[3]);
+      }
       if (step == 0) named_sync<kValueBarrier, Config::kValueThreads>();
       ptx::wgmma_fence();
-      ptx::wgmma_16_bit<__half>(out_[2 * group], a.first, p + tokens * 2, true);
-      ptx::wgmma_16_bit<__half>(out_[2 * group + 1], a.second, p + tokens * 2, true);
+      ptx::wgmma_16_bit<__half>(out_[2 * pair], a.first, p + tokens * 2, true);
+      float (&second)[Config::kHeads / 2] = out_[2 * pair + 1];
+      if (is_rope) {
+        ptx::wgmma_16_bit<__nv_bfloat16>(second, a.second, p + Config::kBlockBytes + tokens * 2,
+                                         true);
+      } else {
+        ptx::wgmma_16_bit<__half>(second, a.second, p + tokens * 2, true);
+      }
       ptx::wgmma_commit();
     }
     ptx::wgmma_wait<0>();

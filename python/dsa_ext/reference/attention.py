@@ -41,8 +41,8 @@ def _attend(
     out = torch.matmul(terms, kv[..., :d_v]) / total.unsqueeze(-1)
     empty = torch.isneginf(peak)
     if sink is not None:
-        share = torch.sigmoid(lse - sink).masked_fill(empty, 0.0)  # whatever the sink, NaN too
-        out = out * share.unsqueeze(-1)
+        out = out * torch.sigmoid(lse - sink).unsqueeze(-1)
+    out = out.masked_fill(empty.unsqueeze(-1), 0.0)  # whatever the sink and the values, NaN too
     return out, peak, lse.masked_fill(empty, float("inf"))
 
 
