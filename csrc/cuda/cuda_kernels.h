@@ -35,6 +35,13 @@ Support sm90a_kvcache_fwd_takes(const KvCacheFwdParams& params);
 Status sm90a_kvcache_fwd(const KvCacheFwdParams& params);
 std::int64_t sm90a_kvcache_fwd_workspace_bytes(const KvCacheFwdParams& params);
 
+// cuda/sm90a/latent_fwd_launch.cu
+Support sm90a_sparse_fwd_takes(const SparseFwdParams& params);
+Status sm90a_sparse_fwd(const SparseFwdParams& params);
+Support sm90a_latent_kvcache_fwd_takes(const KvCacheFwdParams& params);
+Status sm90a_latent_kvcache_fwd(const KvCacheFwdParams& params);
+std::int64_t sm90a_latent_kvcache_fwd_workspace_bytes(const KvCacheFwdParams& params);
+
 // cuda/portable/mqa_topk_launch.cu: logits of a chunk of rows into the workspace, then topk_select.
 Support mqa_topk_takes(const MqaTopkParams& params);
 Status mqa_topk(const MqaTopkParams& params);

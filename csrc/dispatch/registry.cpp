@@ -95,7 +95,10 @@ constexpr Target kSm90a = {DeviceType::kCuda, sm90a};
 constexpr const char* kIndexSm90a = "SM90; H 1..128, D 32, 64 or 128; q and k on 16 bytes";
 constexpr const char* kPagedIndexSm90a =
     "SM90; H 1..128, D 128; pages of 8 keys or a multiple; q and pages on 16 bytes";
-constexpr const char* kDecodeSm90a = "SM90; dense and sparse; 656-byte caches on 16 bytes; bf16 q";
+constexpr const char* kDecodeSm90a = "SM90; dense and sparse; 8-bit caches on 16 bytes; bf16 q";
+constexpr const char* kLatentDecodeSm90a =
+    "SM90; dense and sparse; 16-bit caches on 16 bytes; d_v 512 of d_qk 512 or 576";
+constexpr const char* kPrefillSm90a = "SM90; rows on 16 bytes; d_v 512 of d_qk 512 or 576";
 #endif
 
 }  // namespace
@@ -175,16 +178,20 @@ DSA_KERNELS(MergeTopkParams,
                      cuda::merge_topk){"cpu_merge_topk", kCpu, "any", any, cpu::merge_topk})
 
 DSA_KERNELS(SparseFwdParams,
-            DSA_CUDA("portable_sparse_fwd", kSm80, kMlaShapes, cuda::sparse_fwd_takes,
-                     cuda::sparse_fwd){"cpu_sparse_fwd", kCpu, kMlaShapes, sparse_fwd_dims,
-                                       cpu::sparse_fwd})
+            DSA_SM90A("sm90a_sparse_fwd", kSm90a, kPrefillSm90a, cuda::sm90a_sparse_fwd_takes,
+                      cuda::sm90a_sparse_fwd) DSA_CUDA("portable_sparse_fwd", kSm80, kMlaShapes,
+                                                       cuda::sparse_fwd_takes, cuda::sparse_fwd){
+                "cpu_sparse_fwd", kCpu, kMlaShapes, sparse_fwd_dims, cpu::sparse_fwd})
 
 DSA_KERNELS(KvCacheFwdParams,
             DSA_SM90A("sm90a_kvcache_fwd", kSm90a, kDecodeSm90a, cuda::sm90a_kvcache_fwd_takes,
                       cuda::sm90a_kvcache_fwd, cuda::sm90a_kvcache_fwd_workspace_bytes)
-                DSA_CUDA("portable_kvcache_fwd", kSm80, kDecodeCuda, cuda::kvcache_fwd_takes,
-                         cuda::kvcache_fwd, cuda::kvcache_fwd_workspace_bytes){
-                    "cpu_kvcache_fwd", kCpu, kDecodeCpu, kvcache_dims, cpu::kvcache_fwd})
+                DSA_SM90A("sm90a_latent_kvcache_fwd", kSm90a, kLatentDecodeSm90a,
+                          cuda::sm90a_latent_kvcache_fwd_takes, cuda::sm90a_latent_kvcache_fwd,
+                          cuda::sm90a_latent_kvcache_fwd_workspace_bytes)
+                    DSA_CUDA("portable_kvcache_fwd", kSm80, kDecodeCuda, cuda::kvcache_fwd_takes,
+                             cuda::kvcache_fwd, cuda::kvcache_fwd_workspace_bytes){
+                        "cpu_kvcache_fwd", kCpu, kDecodeCpu, kvcache_dims, cpu::kvcache_fwd})
 
 DSA_KERNELS(MergeAttnStatesParams,
             DSA_CUDA("portable_merge_attn_states", kSm80, "any", any, cuda::merge_attn_states){

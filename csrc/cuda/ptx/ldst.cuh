@@ -42,6 +42,13 @@ __device__ __forceinline__ void ldmatrix_x4_trans(std::uint32_t (&r)[4], std::ui
                : "memory");
 }
 
+// The reverse of ldmatrix_x4 (SM90).
+__device__ __forceinline__ void stmatrix_x4(std::uint32_t address, const std::uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
 // The reverse of ldmatrix_x4_trans (SM90): matrix i, whose elements are in word i, is stored
 // transposed.
 __device__ __forceinline__ void stmatrix_x4_trans(std::uint32_t address, std::uint32_t r0,

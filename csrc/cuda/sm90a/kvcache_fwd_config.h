@@ -7,6 +7,7 @@
 
 #include "cuda/common/attention_keys.cuh"
 #include "cuda/ptx/mbarrier.cuh"
+#include "cuda/sm90a/named_barrier.cuh"
 #include "dsa/kv_layout.h"
 
 namespace dsa::cuda::sm90a {
@@ -120,33 +121,5 @@ __device__ __forceinline__ int thread_index() {
 // Barriers of part of the CTA, by bar.sync; 0 is all of it.
 inline constexpr int kMathBarrier = 1, kValueBarrier = 2;  // all but the producer; the output's
 inline constexpr int kFullScores = 3, kEmptyScores = 4;    // by all but the producer
-
-template <int kBarrier, int kThreads>
-__device__ __forceinline__ void named_sync() {
-  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
-}
-
-// Some of kThreads arrive, the others sync.
-template <int kBarrier, int kThreads>
-__device__ __forceinline__ void named_arrive() {
-  asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
-}
-
-// Whether `flag` holds in any of the threads.
-template <int kBarrier, int kThreads>
-__device__ __forceinline__ bool named_any(bool flag) {
-  std::uint32_t any;
-  asm volatile(
-      "{\n"
-      ".reg .pred p, q;\n"
-      "setp.ne.u32 p, %1, 0;\n"
-      "bar.red.or.pred q, %2, %3, p;\n"
-      "selp.u32 %0, 1, 0, q;\n"
-      "}"
-      : "=r"(any)
-      : "r"(static_cast<std::uint32_t>(flag)), "n"(kBarrier), "n"(kThreads)
-      : "memory");
-  return any != 0;
-}
 
 }  // namespace dsa::cuda::sm90a

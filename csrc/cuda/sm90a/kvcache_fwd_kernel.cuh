@@ -38,6 +38,7 @@
 #include <cstdint>
 
 #include "cuda/common/attention_args.h"
+#include "cuda/common/attention_place.cuh"
 #include "cuda/common/attention_result.cuh"
 #include "cuda/ptx/ldst.cuh"
 #include "cuda/ptx/mbarrier.cuh"
@@ -63,29 +64,6 @@ __device__ void initialise_barriers(typename Config::SharedStorage& shared) {
   ptx::mbarrier_fence_init();
 }
 
-// What the CTA has. Found anew where it is needed: registers are short between.
-struct KvCacheFwdPlace {
-  std::int64_t b, j;  // of the query token
-  int first_head;
-  int heads;             // up to those of a tile
-  std::int64_t partial;  // the first head's number among partial results
-
-  __device__ KvCacheFwdPlace(const AttentionArgs& args, int heads_of_tile) {
-    unsigned x, split;
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
-    asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(split));
-    const unsigned head_tiles = (args.num_heads + heads_of_tile - 1) / heads_of_tile;
-    const unsigned launch_row = x / head_tiles;
-    const auto row = static_cast<unsigned>(args.first_row) + launch_row;
-    const auto tokens = static_cast<unsigned>(args.tokens_per_request);
-    b = row / tokens;
-    j = row % tokens;
-    first_head = static_cast<int>(x % head_tiles) * heads_of_tile;
-    heads = std::min(args.num_heads - first_head, heads_of_tile);
-    partial = (std::int64_t{launch_row} * args.num_splits + split) * args.num_heads + first_head;
-  }
-};
-
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     sm90a_kvcache_fwd_kernel(const __grid_constant__ AttentionArgs args,
@@ -93,10 +71,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   extern __shared__ __align__(1024) std::uint8_t shared_bytes[];
   auto& shared = ptx::pinned_in_shared<typename Config::SharedStorage>(shared_bytes);
   const int warpgroup = threadIdx.x / 128;
-  const auto place = [&] { return KvCacheFwdPlace(args, Config::kHeads); };
+  const auto place = [&] { return AttentionPlace(args, Config::kHeads); };
 
   if (threadIdx.x == 0) {
-    const KvCacheFwdPlace at = place();
+    const AttentionPlace at = place();
     initialise_barriers<Config>(shared);
     ptx::mbarrier_arrive_expect(shared.full_q, sizeof(shared.q));
     for (int i = 0; i < Config::kQueryBlocks; ++i) {
@@ -104,7 +82,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                     static_cast<std::int32_t>(at.j), static_cast<std::int32_t>(at.b));
     }
   } else if (threadIdx.x == 32) {
-    const KvCacheFwdPlace at = place();
+    const AttentionPlace at = place();
     shared.keys.init(args, at.b, at.j);
     const int all = (shared.keys.size() + Config::kTokens - 1) / Config::kTokens;
     const int each = (all + args.num_splits - 1) / args.num_splits;
@@ -129,20 +107,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   KvCacheFwdValues<Config> values(shared, args.scale_log2 * scale.down(),
                                   warpgroup - Config::kFirstValues);
   values.run();
-  const KvCacheFwdPlace at = place();
+  const AttentionPlace at = place();
   values.finish([&](int head, const HeadResult& result) {
-    float factor = result.empty ? 0.0f : result.factor();
-    const int h = at.first_head + head;
-    if (head >= at.heads) {
-    } else if (args.num_splits > 1) {
-      args.partial_lse[at.partial + head] = result.lse2;
-    } else {
-      args.lse[at.b * args.lse_stride_b + at.j * args.lse_stride_j + h * args.lse_stride_h] =
-          result.lse();
-      if (args.sink != nullptr && !result.empty) {
-        factor *= share_beside(args.sink[h * args.sink_stride], result.lse());
-      }
-    }
+    const float factor = head < at.heads ? store_head(args, at, head, result) : 0.0f;
     shared.out_factor[head] = factor * (1.0f / (1 << Config::kScaleBits));
   });
   if (args.num_splits > 1) {

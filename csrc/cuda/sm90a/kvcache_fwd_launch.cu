@@ -5,7 +5,7 @@
 #include "cuda/common/attention_splits.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/make_attention_args.h"
-#include "cuda/common/tensor_map.h"
+#include "cuda/common/query_map.h"
 #include "cuda/cuda_kernels.h"
 #include "cuda/sm90a/kvcache_fwd_kernel.cuh"
 
@@ -19,25 +19,10 @@ SplitPlan plan_of(const KvCacheFwdParams& p) {
 }
 
 template <typename Config>
-Status make_query_map(const TensorView& q, CUtensorMap& map) {
-  constexpr std::int64_t kBytes = 2;
-  // Of a dimension of one element any stride will do.
-  const auto stride = [&](int dim) {
-    return kBytes * (q.size(dim) > 1 ? q.stride(dim) : q.size(3));
-  };
-  return make_tensor_map({q.data,
-                          4,
-                          {kBytes * q.size(3), q.size(2), q.size(1), q.size(0)},
-                          {stride(2), stride(1), stride(0)},
-                          {2 * Config::kBlock, Config::kHeads, 1, 1}},
-                         map);
-}
-
-template <typename Config>
 Status run(const KvCacheFwdParams& p) {
   if (p.q.size(0) == 0 || p.q.size(1) == 0) return {};
   CUtensorMap q_map;
-  if (Status status = make_query_map<Config>(p.q, q_map); !status.ok()) return status;
+  if (Status status = make_query_map(p.q, Config::kHeads, q_map); !status.ok()) return status;
   const auto launch_rows = [&](const AttentionArgs& args, std::int64_t rows, const Launch& where) {
     const std::int64_t head_tiles = ceil_div(args.num_heads, Config::kHeads);
     const dim3 grid(static_cast<unsigned>(rows * head_tiles),
@@ -73,10 +58,7 @@ Support sm90a_kvcache_fwd_takes(const KvCacheFwdParams& p) {
   const auto is_copied = [](const TensorView& cache) {
     return !cache.defined() || paged_rows(cache).aligned;
   };
-  for (const int dim : {0, 1, 2}) {
-    const std::int64_t stride = p.q.size(dim) > 1 ? p.q.stride(dim) : p.q.size(3);
-    if (!tensor_map_takes(p.q.data, 2 * stride)) return {"q on 16 bytes"};
-  }
+  if (!query_map_takes(p.q)) return {"q on 16 bytes"};
   if (!is_copied(p.k_cache) || !is_copied(p.extra_k_cache)) return {"pages on 16 bytes"};
   constexpr std::int64_t kFewestHeads = 8;  // a tile
   return attention_sizes(p.q.size(0) * p.q.size(1), p.q.size(2), keys_of(p), kFewestHeads);

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a CTA of an attention kernel has, and where its heads' statistics go.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/common/attention_args.h"
+#include "cuda/common/attention_result.cuh"
+
+namespace dsa::cuda {
+
+// Of grid x: query token, block of heads; y: split. Read anew, so that it can be found again where
+// it is needed: registers may be short between.
+struct AttentionPlace {
+  std::int64_t b, j;  // of the query token
+  int first_head;
+  int heads;             // up to those of a tile
+  std::int64_t partial;  // the first head's number among partial results
+
+  __device__ AttentionPlace(const AttentionArgs& args, int heads_of_tile) {
+    unsigned x, split;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+    asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(split));
+    const unsigned head_tiles = (args.num_heads + heads_of_tile - 1) / heads_of_tile;
+    const unsigned launch_row = x / head_tiles;
+    const auto row = static_cast<unsigned>(args.first_row) + launch_row;
+    const auto tokens = static_cast<unsigned>(args.tokens_per_request);
+    b = row / tokens;
+    j = row % tokens;
+    first_head = static_cast<int>(x % head_tiles) * heads_of_tile;
+    heads = std::min(args.num_heads - first_head, heads_of_tile);
+    partial = (std::int64_t{launch_row} * args.num_splits + split) * args.num_heads + first_head;
+  }
+};
+
+// Stores the statistics of head `head` of the tile; the factor of its output.
+__device__ __forceinline__ float store_head(const AttentionArgs& args, const AttentionPlace& at,
+                                            int head, const HeadResult& result) {
+  const float factor = result.empty ? 0.0f : result.factor();
+  if (args.num_splits > 1) {
+    args.partial_lse[at.partial + head] = result.lse2;
+    return factor;
+  }
+  const int h = at.first_head + head;
+  args.lse[at.b * args.lse_stride_b + at.j * args.lse_stride_j + h * args.lse_stride_h] =
+      result.lse();
+  if (args.max_logits != nullptr) {
+    args.max_logits[at.b * args.max_stride_b + at.j * args.max_stride_j + h * args.max_stride_h] =
+        result.max_logit;
+  }
+  if (args.sink == nullptr || result.empty) return factor;
+  return factor * share_beside(args.sink[h * args.sink_stride], result.lse());
+}
+
+}  // namespace dsa::cuda
