@@ -31,6 +31,13 @@ __device__ __forceinline__ void mbarrier_arrive(Mbarrier& barrier) {
                : "memory");
 }
 
+// Arrives `count` times.
+__device__ __forceinline__ void mbarrier_arrive(Mbarrier& barrier, std::uint32_t count) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)),
+               "r"(count)
+               : "memory");
+}
+
 // Arrives, and lets the phase wait for so many bytes more.
 __device__ __forceinline__ void mbarrier_arrive_expect(Mbarrier& barrier, std::uint32_t bytes) {
   asm volatile(

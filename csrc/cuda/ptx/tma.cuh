@@ -48,6 +48,15 @@ __device__ __forceinline__ void tma_load(void* shared, const CUtensorMap& map, M
       : "memory");
 }
 
+__device__ __forceinline__ void tma_load(void* shared, const CUtensorMap& map, Mbarrier& barrier,
+                                         std::int32_t c0, std::int32_t c1, std::int32_t c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
+}
+
 // For what is read once: the first to leave L2.
 __device__ __forceinline__ std::uint64_t evict_first_policy() {
   std::uint64_t policy;

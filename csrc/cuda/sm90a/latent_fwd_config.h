@@ -35,12 +35,18 @@ struct LatentFwdConfig {
   static constexpr int kThreads = kMathThreads + kProducerThreads;
   static constexpr int kMathRegisters = 232, kProducerRegisters = 40;
 
+  // A producer's thread as its copies do, and a warp with the first part: which rows there are.
+  static constexpr int full_arrivals(int part) {
+    return kProducerThreads + (part == 0 ? kProducerThreads / 32 : 0);
+  }
+
   struct SharedStorage {
     alignas(1024) std::uint8_t q[kDimBlocks][kBlockBytes];      // [heads, 64 dims], swizzled
     alignas(1024) std::uint8_t kv[2][kDimBlocks][kBlockBytes];  // [tokens, 64 dims], swizzled
     // P [heads, tokens] of a block, swizzled, where its RoPE was.
     alignas(1024) std::uint8_t p[kRope > 0 ? 1 : 2][kRope > 0 ? 16 : kBlockBytes];
-    std::uint8_t valid[2][kTokens];  // whether there is a row
+    const std::uint8_t* rows[2][kTokens];  // that are being copied
+    std::uint8_t valid[2][kTokens];        // whether there is a row
     bool all_valid[2];
     float bases[2][kHeads];    // of the softmax after a block
     float factors[2][kHeads];  // what was summed before is multiplied by, if its warp's moved

@@ -13,7 +13,7 @@
 // Softmax    Its base goes from block to block, warpgroup to warpgroup, and moves only where a
 // score is
 //            2^8 above it.
-// Registers  232 of which 128 are the output's sums and 32 the scores'; producer 40.
+// Registers  232, of which 128 are the output's sums and 32 the scores; producer 40.
 // Shared     q 72 KiB, two blocks of 72 KiB, where P takes the place of RoPE. Without RoPE: 64 KiB
 //            each, P 16 KiB.
 // Barriers   full, empty: of each block's first and second 256 dims and RoPE. full_q: the bytes of
@@ -49,8 +49,7 @@ __device__ void initialise_latent_barriers(typename Config::SharedStorage& share
   ptx::mbarrier_init(shared.full_q, 1);
   for (int block = 0; block < 2; ++block) {
     for (int part = 0; part < Config::kParts; ++part) {
-      // With the first part comes what rows are there.
-      ptx::mbarrier_init(shared.full[block][part], Config::kProducerThreads * (part == 0 ? 2 : 1));
+      ptx::mbarrier_init(shared.full[block][part], Config::full_arrivals(part));
       ptx::mbarrier_init(shared.empty[block][part], kWarps);
     }
   }
@@ -78,7 +77,8 @@ __device__ void attend(typename Config::SharedStorage& shared, const AttentionAr
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     sm90a_latent_fwd_kernel(const __grid_constant__ AttentionArgs args,
-                            const __grid_constant__ CUtensorMap q_map) {
+                            const __grid_constant__ CUtensorMap q_map,
+                            const __grid_constant__ CUtensorMap page_map, bool by_pages) {
   extern __shared__ __align__(1024) std::uint8_t shared_bytes[];
   auto& shared = ptx::pinned_in_shared<typename Config::SharedStorage>(shared_bytes);
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
   if (warpgroup == Config::kProducer) {
     ptx::set_max_registers_down<Config::kProducerRegisters>();
-    LatentFwdProducer<Config>(shared, args, thread).run();
+    LatentFwdProducer<Config>(shared, args, page_map, by_pages, thread).run();
     return;
   }
   ptx::set_max_registers_up<Config::kMathRegisters>();

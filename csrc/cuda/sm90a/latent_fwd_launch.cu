@@ -15,15 +15,33 @@ namespace {
 
 constexpr int kHeads = 64, kTileTokens = 128, kDimV = 512, kRope = 64;
 
+struct Maps {
+  CUtensorMap q, pages;
+  bool by_pages = false;  // a dense cache whose pages are blocks of tokens
+};
+
 template <typename Config>
-Status launch_rows(const AttentionArgs& args, const CUtensorMap& q_map, std::int64_t rows,
+Status launch_rows(const AttentionArgs& args, const Maps& maps, std::int64_t rows,
                    const Launch& where) {
   static_assert(Config::kHeads == kHeads && 2 * Config::kTokens == kTileTokens);
   const std::int64_t head_tiles = ceil_div(args.num_heads, Config::kHeads);
   const dim3 grid(static_cast<unsigned>(rows * head_tiles), static_cast<unsigned>(args.num_splits));
   return launch<sm90a::sm90a_latent_fwd_kernel<Config>>(
       "sm90a_latent_fwd_kernel", where, grid, Config::kThreads,
-      sizeof(typename Config::SharedStorage), args, q_map);
+      sizeof(typename Config::SharedStorage), args, maps.q, maps.by_pages ? maps.pages : maps.q,
+      maps.by_pages);
+}
+
+constexpr int kBlockTokens = kTileTokens / 2;
+
+Status make_page_map(const TensorView& cache, CUtensorMap& map) {
+  const LatentRows rows = paged_rows(cache);
+  return make_tensor_map({cache.data,
+                          3,
+                          {2 * cache.size(3), cache.size(1), cache.size(0)},
+                          {rows.token_stride, rows.page_stride},
+                          {128, kBlockTokens, 1}},
+                         map);
 }
 
 // use(Config{}) of q's dtype and dimension.
@@ -59,11 +77,11 @@ Support sm90a_sparse_fwd_takes(const SparseFwdParams& p) {
 
 Status sm90a_sparse_fwd(const SparseFwdParams& p) {
   if (p.q.size(0) == 0) return {};
-  CUtensorMap q_map;
-  if (Status status = make_query_map(p.q, kHeads, q_map); !status.ok()) return status;
+  Maps maps;
+  if (Status status = make_query_map(p.q, kHeads, maps.q); !status.ok()) return status;
   const AttentionArgs args = make_attention_args(p);
   return with_config(p.q, [&](auto config) {
-    return launch_rows<decltype(config)>(args, q_map, p.q.size(0), p.launch);
+    return launch_rows<decltype(config)>(args, maps, p.q.size(0), p.launch);
   });
 }
 
@@ -84,12 +102,17 @@ std::int64_t sm90a_latent_kvcache_fwd_workspace_bytes(const KvCacheFwdParams& p)
 
 Status sm90a_latent_kvcache_fwd(const KvCacheFwdParams& p) {
   if (p.q.size(0) == 0 || p.q.size(1) == 0) return {};
-  CUtensorMap q_map;
-  if (Status status = make_query_map(p.q, kHeads, q_map); !status.ok()) return status;
+  Maps maps;
+  if (Status status = make_query_map(p.q, kHeads, maps.q); !status.ok()) return status;
+  maps.by_pages = !p.indices.defined() && p.k_cache.size(1) % kBlockTokens == 0 &&
+                  tensor_map_takes(p.k_cache.data, paged_rows(p.k_cache).page_stride);
+  if (maps.by_pages) {
+    if (Status status = make_page_map(p.k_cache, maps.pages); !status.ok()) return status;
+  }
   return with_config(p.q, [&](auto config) {
     return run_splits(p, plan_of(p),
                       [&](const AttentionArgs& args, std::int64_t rows, const Launch& where) {
-                        return launch_rows<decltype(config)>(args, q_map, rows, where);
+                        return launch_rows<decltype(config)>(args, maps, rows, where);
                       });
   });
 }

@@ -29,40 +29,16 @@ class LatentFwdMath {
   }
 
   __device__ void run() {
-    if (shared_.blocks > 0) ptx::mbarrier_wait(shared_.full_q, 0);
-    for (int tile = 0; 2 * tile < shared_.blocks; ++tile) {
-      multiply_qk(tile % 2);
-      if constexpr (kOwn == 0) {
-        softmax();
-        publish_p();
-        if (moved_) rescale(factors_);
-        multiply_own();
-        sync_other();
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_result(out_);
-        let_go(0, kOwn);
-        take_over();
-        multiply_other();
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_result(out_);
-        let_go(1, kOwn);
-        if constexpr (Config::kRope > 0) let_go(1, kRopePart);
-      } else {
-        sync_other();
-        take_over();
-        multiply_other();
-        softmax();
-        publish_p();
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_result(out_);
-        let_go(0, kOwn);
-        if constexpr (Config::kRope > 0) let_go(0, kRopePart);
-        if (moved_) rescale(factors_);
-        multiply_own();
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_result(out_);
-        let_go(1, kOwn);
-      }
+    const int tiles = (shared_.blocks + 1) / 2;
+    if (tiles == 0) return;
+    ptx::mbarrier_wait(shared_.full_q, 0);
+    if constexpr (kOwn == 0) {
+      issue_qk(0);
+      finish_qk<0>();
+      for (int tile = 0; tile + 1 < tiles; ++tile) run_tile<false>(tile);
+      run_tile<true>(tiles - 1);
+    } else {
+      for (int tile = 0; tile < tiles; ++tile) run_tile(tile);
     }
   }
 
@@ -171,7 +147,50 @@ class LatentFwdMath {
     if (lane_ == 0) ptx::mbarrier_arrive(shared_.empty[block][part]);
   }
 
-  __device__ void multiply_qk(std::uint32_t phase) {
+  // The first warpgroup has its next scores while the second one has its softmax, and its softmax
+  // while both multiply the second block's values.
+  template <bool kIsLast>
+  __device__ void run_tile(int tile) {
+    softmax([&] {
+      if (tile > 0) let_go_other();
+    });
+    publish_p();
+    if (moved_) rescale(factors_);
+    multiply_own();
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_result(out_);
+    let_go(kOwn, kOwn);
+    if constexpr (!kIsLast) issue_qk((tile + 1) % 2);
+    sync_other();
+    take_over();
+    multiply_other();
+    if constexpr (kIsLast) {
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_result(out_);
+    } else {
+      finish_qk<1>();
+    }
+  }
+
+  __device__ void run_tile(int tile) {
+    sync_other();
+    take_over();
+    multiply_other();
+    issue_qk(tile % 2);
+    ptx::wgmma_wait<Config::kParts>();
+    let_go_other();
+    finish_qk<0>();
+    ptx::wgmma_result(out_);
+    softmax([] {});
+    publish_p();
+    if (moved_) rescale(factors_);
+    multiply_own();
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_result(out_);
+    let_go(kOwn, kOwn);
+  }
+
+  __device__ void issue_qk(std::uint32_t phase) {
     const ptx::WgmmaDescriptor<128> q(shared_.q[0]), k(shared_.kv[kOwn][0]);
 #pragma unroll
     for (int part = 0; part < Config::kParts; ++part) {
@@ -189,12 +208,25 @@ class LatentFwdMath {
       }
       ptx::wgmma_commit();
     }
-    ptx::wgmma_wait<0>();
+  }
+
+  // kLater: products that were issued since then.
+  template <int kLater>
+  __device__ void finish_qk() {
+    ptx::wgmma_wait<kLater>();
     ptx::wgmma_result(scores_);
   }
 
-  // Scores -> P, in registers as operands of wgmma. Bases move where a score is far above.
-  __device__ void softmax() {
+  // What multiply_other read.
+  __device__ void let_go_other() {
+    let_go(kOther, kOwn);
+    if constexpr (Config::kRope > 0) let_go(kOther, kRopePart);
+  }
+
+  // Scores -> P, in registers as operands of wgmma. Bases move where a score is far above. Half way
+  // all products are waited for, and then(); out_ is not to be touched before.
+  template <typename Then>
+  __device__ void softmax(Then&& then) {
 #pragma unroll
     for (float& x : scores_) x *= scale_log2_;
     if (!shared_.all_valid[kOwn]) {
@@ -226,6 +258,11 @@ class LatentFwdMath {
     moved_ = __any_sync(~0u, above);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
+      if (j == 4) {
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_result(out_);
+        then();
+      }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float p0 = exp2_approx(scores_[4 * j + 2 * i] - shift[i]);
@@ -258,23 +295,24 @@ class LatentFwdMath {
     named_arrive<LatentFwdBarrier::kFullP + kOwn, Config::kMathThreads>();
   }
 
+  // The other block's P, and so its rows, are there.
   __device__ void sync_other() const {
     named_sync<LatentFwdBarrier::kFullP + kOther, Config::kMathThreads>();
+    ptx::fence_async_shared();  // what cp.async wrote, for wgmma
   }
 
-  // The other warpgroup's bases become this one's.
+  // The other warpgroup's bases become this one's. Without a branch in the first warpgroup, whose
+  // scores are on their way: the assembler would wait for them.
   __device__ void take_over() {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) bases_[i] = shared_.bases[kOther][row(i)];
-    if (!shared_.moved[kOther][warp_]) return;
     float factors[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+      bases_[i] = shared_.bases[kOther][row(i)];
       factors[i] = shared_.factors[kOther][row(i)];
       sums_[i] *= factors[i];
       weights_[i] *= factors[i];
     }
-    rescale(factors);
+    if (kOwn == 0 || shared_.moved[kOther][warp_]) rescale(factors);
   }
 
   __device__ void rescale(const float (&factors)[2]) {
