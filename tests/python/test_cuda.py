@@ -240,6 +240,17 @@ def test_dense_decode_is_batch_invariant(name, h_q):
 
 # ---- attention: shapes that kernels tile by ------------------------------------------------------
 
+PORTABLE_ATTENTION = ("portable_sparse_fwd", "portable_kvcache_fwd")
+
+
+@pytest.fixture(params=["best", "portable"])
+def attention_kernel(request, monkeypatch):
+    """What dispatch would choose, and where that is another kernel the portable one too."""
+    if request.param == "portable":
+        if _C.kernel_refusal("sm90a_sparse_fwd", torch.cuda.current_device()):
+            pytest.skip("the best one is portable")
+        monkeypatch.setenv("DSA_FORCE_KERNEL", ",".join(PORTABLE_ATTENTION))
+
 
 def check_gentle(case):
     """check_cache with small logits: an lse near 0 (of one token, say) is judged absolutely."""
@@ -247,6 +258,7 @@ def check_gentle(case):
     check_cache(case)
 
 
+@pytest.mark.usefixtures("attention_kernel")
 @pytest.mark.parametrize("h_q", HEADS)
 def test_sparse_fwd_head_counts(h_q):
     check_sparse(
@@ -255,12 +267,14 @@ def test_sparse_fwd_head_counts(h_q):
     check_sparse(sparse_case(2, h_q, 512, 512, 200, 65, FP16, DEVICE, sink=True))
 
 
+@pytest.mark.usefixtures("attention_kernel")
 @pytest.mark.parametrize("topk", [1, 7, 63, 64, 65, 200, 2048])
 @pytest.mark.parametrize("h_q", [1, 16, 128])
 def test_sparse_fwd_candidates(h_q, topk):
     check_sparse(sparse_case(4, h_q, 576, 512, 3000, topk, BF16, DEVICE, lengths=True))
 
 
+@pytest.mark.usefixtures("attention_kernel")
 @pytest.mark.parametrize("d_v", range(64, 513, 64))
 @pytest.mark.parametrize("d_rope", [0, 32, 64])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
@@ -280,6 +294,7 @@ def test_dimensions_of_16_bit_latents(d_v, d_rope, dtype):
     check_gentle(case)
 
 
+@pytest.mark.usefixtures("attention_kernel")
 @pytest.mark.parametrize("s_q", [1, 2, 3])
 @pytest.mark.parametrize("h_q", HEADS)
 @pytest.mark.parametrize("name", FORMATS)
@@ -289,6 +304,7 @@ def test_sparse_decode_head_counts(name, h_q, s_q):
     )
 
 
+@pytest.mark.usefixtures("attention_kernel")
 @pytest.mark.parametrize("topk", [1, 7, 63, 64, 65, 200, 2048])
 @pytest.mark.parametrize("h_q", [1, 64])
 @pytest.mark.parametrize("name", FORMATS)
@@ -498,6 +514,7 @@ def test_fp8_decode_of_values_that_are_not_numbers(name, where):
         check_gentle(case)
 
 
+@pytest.mark.usefixtures("attention_kernel")
 @pytest.mark.parametrize("page_size", [1, 3, 16, 64, 100, 256])
 @pytest.mark.parametrize("name", FORMATS)
 def test_decode_page_sizes(name, page_size):
@@ -508,6 +525,7 @@ def test_decode_page_sizes(name, page_size):
         check_gentle(case)
 
 
+@pytest.mark.usefixtures("attention_kernel")
 @pytest.mark.parametrize("h_q", HEADS)
 @pytest.mark.parametrize("name", FORMATS)
 def test_dense_decode_head_counts(name, h_q):
@@ -516,6 +534,41 @@ def test_dense_decode_head_counts(name, h_q):
     check_gentle(case)
 
 
+@pytest.mark.usefixtures("attention_kernel")
+def test_dense_decode_over_odd_caches():
+    """No pages; one page, wherever another would be; one row for all tokens of a page."""
+    q = torch.randn(3, 1, 16, 576, device=DEVICE).to(BF16)
+    table = torch.zeros(3, 2, dtype=torch.int32, device=DEVICE)
+    lens = int32([128, 100, 0], DEVICE)
+
+    def check(cache):
+        got = dsa_ext.flash_mla_with_kvcache(q, cache, table, lens, 512)
+        expected = reference.flash_mla_with_kvcache(q, cache, table, lens, 512, None)
+        assert_close(got[0], expected[0], DECODE_TOLERANCE)
+        assert_lse_close(got[1], expected[1])
+
+    rows = torch.randn(64, 1, 576, device=DEVICE).to(BF16)
+    check(rows.new_empty(0, 64, 1, 576))
+    check(rows.as_strided((1, 64, 1, 576), (1 << 42, 576, 576, 1)))
+    check(rows[:1].expand(64, 1, 576)[None].expand(2, -1, -1, -1))
+
+
+@pytest.mark.usefixtures("attention_kernel")
+@pytest.mark.parametrize("page_size", [32, 64, 128, 256])
+@pytest.mark.parametrize("name", FORMATS)
+def test_dense_decode_with_missing_pages(name, page_size):
+    """Pages that are not there before, between and after others, also many in a row."""
+    case = dense_case(name, DEVICE, lens=(1500, 900, 300), s_q=2, page_size=page_size)
+    table = case["block_table"]
+    missing = torch.rand(table.shape, device=DEVICE) < 0.4
+    missing[1, : 512 // page_size] = True
+    table[missing] = torch.tensor([-1, -INT_MAX, INT_MAX, case["k_cache"].shape[0]], device=DEVICE)[
+        torch.randint(0, 4, (int(missing.sum()),), device=DEVICE)
+    ].int()
+    check_gentle(case)
+
+
+@pytest.mark.usefixtures("attention_kernel")
 @pytest.mark.parametrize("name", FORMATS)
 def test_one_long_request(name):
     """Many splits of one row, in a dense and in a sparse call."""

@@ -2,11 +2,10 @@
 // Attention of decode over the paged FP8 caches, V3.2's and V4's, on Hopper: sparse, by slots, or
 // dense.
 //
-// Tile       64 tokens, all of whose values and RoPE are K, and whose values are V, of V4 with
-// RoPE,
-//            for 8, 16, 32 or 64 heads of a query token. Both products have tokens or dims as the
-//            rows of wgmma, which come from registers, and heads as its columns, so that their time
-//            goes with the heads: S^T [64, heads] = K Q^T; out^T [512, heads] += V^T P^T.
+// Tile       64 tokens, whose values and RoPE are K, and whose values, of V4 also RoPE, are V, by
+//            8, 16, 32 or 64 heads of a query token. Both products have tokens or dims as the rows
+//            of wgmma, which come from registers, and heads as its columns, so that their time goes
+//            with the heads: S^T [64, heads] = K Q^T; out^T [512, heads] += V^T P^T.
 // Scales     e4m3 values become f16, exactly. A row's scales are f16 * 2^exponent, of which V is
 //            multiplied by the f16 (2^-12; of V4 exactly) and P by the power: the softmax's base is
 //            that of score + exponent, so that P is at most 2^8 in f16. The sum is of P without it.
@@ -19,15 +18,12 @@
 // Registers  scores 96 (64 heads: one sum of 32; fewer: two sums in turns); output 192, of which
 //            128 are fp32 sums; producer 32.
 // Shared     64 heads: q 72 KiB, P 8 KiB, scores 16 KiB, raw rows 3 x 41 KiB; fewer: 4 x 41 KiB.
-// V4:
-//            q 64 KiB, P 16 KiB, raw rows of 37 KiB.
+//            V4: q 64 KiB, P 16 KiB, raw rows of 37 KiB.
 // Barriers   full_q: the bytes of q. full_raw: the bytes of rows, and the two warps that copy (V4:
-// and
-//            their lanes, as the scales they copy arrive).
-//            full_scales: the producer's other two warps. empty_raw: the 12 warps of the others.
-//            bar.sync 1: these, for the queries (twice). 2: the output's 256 threads: P is there,
-//            and bases move. 3 and 4: scores are there, and have been read, the ones arriving and
-//            the others waiting.
+//            and their lanes, as the scales they copy arrive). full_scales: the producer's other
+//            two warps. empty_raw: the 12 warps of the others. bar.sync 1: these, for the queries
+//            (twice). 2: the output's 256 threads: P is there, and bases move. 3 and 4: scores are
+//            there, and have been read, the ones arriving and the others waiting.
 // Grid       x: query token, block of heads; y: split of its tokens.
 #pragma once
 

@@ -50,11 +50,10 @@ class KvCacheFwdScores {
   __device__ int row(int i) const { return 16 * warp_ + lane_ / 4 + 8 * i; }
 
   // K q of a tile, 32 dims a step, RoPE first and then group after group; what is left has the last
-  // scale. V32: a group's products are added to a sum whose scale is made that of the group: of
-  // RoPE
-  // 1. With two sums in turns one is multiplied while products are added to the other. V4: scales,
-  // powers of two, are K's, and one over the last one RoPE's. Scales are waited for when one is
-  // needed.
+  // scale. V3.2: a group's products are added to a sum whose scale is made that of the group: of
+  // RoPE 1. With two sums in turns one is multiplied while products are added to the other. V4:
+  // scales, powers of two, are K's, and one over the last one RoPE's. Scales are waited for when
+  // one is needed.
   __device__ void multiply(const PipelineState<Config::kStages>& state) {
     const std::uint32_t stage = state.index;
     const std::uint32_t raw = ptx::shared_address(shared_.raw[stage]) +

@@ -2,23 +2,25 @@
 // Attention over 16-bit latents on Hopper: sparse prefill, and decode over the paged cache, sparse
 // or dense.
 //
-// Tile       64 heads of a query token by two blocks of 64 tokens. Scores S = Q K^T [64, 64] for
+// Tile       64 heads of a query token by two blocks of 64 tokens. Scores S = Q K^T [64, 64] of
 // each
-//            block; out [64, 512] += P V. All operands are 16-bit in shared memory, but a
+//            block; out [64, 512] += P V. All operands are 16-bit and in shared memory, but for a
 //            warpgroup's own P, which is in registers.
 // Warpgroups 0 and 1: the scores and the softmax of a tile's first and second block, and the first
-// and
-//            second 256 dims of the output for both: they exchange P. 2: producer; four warps copy
-//            rows, cp.async of 16 bytes a lane.
-// Softmax    Its base goes from block to block, warpgroup to warpgroup, and moves only where a
-// score is
-//            2^8 above it.
+//            and second 256 dims of the output for both: they exchange P. 2: producer; four warps
+//            copy rows, cp.async of 16 bytes a lane, or one thread whole blocks of a dense cache's
+//            pages, by tensor copies.
+// Turns      0 has its next scores while 1 has its softmax, and its softmax while both multiply the
+//            second block's values.
+// Softmax    Its base goes from block to block, from warpgroup to warpgroup, and moves only where a
+//            score is 2^8 above it.
 // Registers  232, of which 128 are the output's sums and 32 the scores; producer 40.
-// Shared     q 72 KiB, two blocks of 72 KiB, where P takes the place of RoPE. Without RoPE: 64 KiB
-//            each, P 16 KiB.
+// Shared     q 72 KiB; two blocks of 72 KiB, where P takes the place of RoPE. Without RoPE 64 KiB
+//            each, and P 16 KiB.
 // Barriers   full, empty: of each block's first and second 256 dims and RoPE. full_q: the bytes of
-// q.
-//            bar.sync 4 and 5: P and base of a block are there. 2 and 3: RoPE has been read.
+//            q. bar.sync 1: both of the mathematics' warpgroups, at the end. 2 and 3: one of them,
+//            RoPE has been read. 4 and 5: P and bases of a block are there. 6: the producer's, rows
+//            of a block have been looked up.
 // Grid       x: query token, block of heads; y: split of its tokens.
 #pragma once
 

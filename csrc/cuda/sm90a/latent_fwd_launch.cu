@@ -17,7 +17,7 @@ constexpr int kHeads = 64, kTileTokens = 128, kDimV = 512, kRope = 64;
 
 struct Maps {
   CUtensorMap q, pages;
-  bool by_pages = false;  // a dense cache whose pages are blocks of tokens
+  bool by_pages = false;  // `pages` is a dense cache's; else rows are copied
 };
 
 template <typename Config>
@@ -34,14 +34,20 @@ Status launch_rows(const AttentionArgs& args, const Maps& maps, std::int64_t row
 
 constexpr int kBlockTokens = kTileTokens / 2;
 
-Status make_page_map(const TensorView& cache, CUtensorMap& map) {
+// Whether a dense cache's pages are whole blocks that the copy engine takes.
+bool make_page_map(const TensorView& cache, CUtensorMap& map) {
   const LatentRows rows = paged_rows(cache);
-  return make_tensor_map({cache.data,
+  const std::int64_t page_stride = cache.size(0) > 1 ? rows.page_stride : 2 * cache.size(3);
+  return cache.size(0) > 0 && cache.size(1) % kBlockTokens == 0 &&
+         tensor_map_takes(cache.data, rows.token_stride) &&
+         tensor_map_takes(cache.data, page_stride) &&
+         make_tensor_map({cache.data,
                           3,
                           {2 * cache.size(3), cache.size(1), cache.size(0)},
-                          {rows.token_stride, rows.page_stride},
+                          {rows.token_stride, page_stride},
                           {128, kBlockTokens, 1}},
-                         map);
+                         map)
+             .ok();
 }
 
 // use(Config{}) of q's dtype and dimension.
@@ -104,11 +110,7 @@ Status sm90a_latent_kvcache_fwd(const KvCacheFwdParams& p) {
   if (p.q.size(0) == 0 || p.q.size(1) == 0) return {};
   Maps maps;
   if (Status status = make_query_map(p.q, kHeads, maps.q); !status.ok()) return status;
-  maps.by_pages = !p.indices.defined() && p.k_cache.size(1) % kBlockTokens == 0 &&
-                  tensor_map_takes(p.k_cache.data, paged_rows(p.k_cache).page_stride);
-  if (maps.by_pages) {
-    if (Status status = make_page_map(p.k_cache, maps.pages); !status.ok()) return status;
-  }
+  maps.by_pages = !p.indices.defined() && make_page_map(p.k_cache, maps.pages);
   return with_config(p.q, [&](auto config) {
     return run_splits(p, plan_of(p),
                       [&](const AttentionArgs& args, std::int64_t rows, const Launch& where) {

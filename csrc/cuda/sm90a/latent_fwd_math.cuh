@@ -30,8 +30,8 @@ class LatentFwdMath {
 
   __device__ void run() {
     const int tiles = (shared_.blocks + 1) / 2;
+    ptx::mbarrier_wait(shared_.full_q, 0);  // also for nothing: a CTA must not end before
     if (tiles == 0) return;
-    ptx::mbarrier_wait(shared_.full_q, 0);
     if constexpr (kOwn == 0) {
       issue_qk(0);
       finish_qk<0>();
