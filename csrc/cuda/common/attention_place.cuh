@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a CTA of an attention kernel has, and where its heads' statistics go.
+// What a CTA of an attention kernel has: query token, heads, keys; where its heads' statistics go.
 #pragma once
 
 #include <algorithm>
@@ -31,6 +31,18 @@ struct AttentionPlace {
     first_head = static_cast<int>(x % head_tiles) * heads_of_tile;
     heads = std::min(args.num_heads - first_head, heads_of_tile);
     partial = (std::int64_t{launch_row} * args.num_splits + split) * args.num_heads + first_head;
+  }
+};
+
+// This CTA's split of `keys` keys, in tiles.
+struct TileShare {
+  int first, count;
+
+  __device__ TileShare(const AttentionArgs& args, int keys, int tokens_of_tile) {
+    const int all = (keys + tokens_of_tile - 1) / tokens_of_tile;
+    const int each = (all + args.num_splits - 1) / args.num_splits;
+    first = std::min(static_cast<int>(blockIdx.y) * each, all);
+    count = std::min(each, all - first);
   }
 };
 

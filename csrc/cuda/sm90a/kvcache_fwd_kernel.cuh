@@ -30,7 +30,6 @@
 #include <cuda.h>
 #include <cuda_bf16.h>
 
-#include <algorithm>
 #include <cstdint>
 
 #include "cuda/common/attention_args.h"
@@ -80,10 +79,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   } else if (threadIdx.x == 32) {
     const AttentionPlace at = place();
     shared.keys.init(args, at.b, at.j);
-    const int all = (shared.keys.size() + Config::kTokens - 1) / Config::kTokens;
-    const int each = (all + args.num_splits - 1) / args.num_splits;
-    shared.first_tile = std::min(static_cast<int>(blockIdx.y) * each, all);
-    shared.tiles = std::min(each, all - shared.first_tile);
+    const TileShare share(args, shared.keys.size(), Config::kTokens);
+    shared.first_tile = share.first;
+    shared.tiles = share.count;
   }
   __syncthreads();
 

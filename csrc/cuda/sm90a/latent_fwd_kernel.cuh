@@ -28,7 +28,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <algorithm>
 #include <cstdint>
 
 #include "cuda/common/attention_args.h"
@@ -96,10 +95,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   } else if (threadIdx.x == 32) {
     const AttentionPlace at(args, Config::kHeads);
     shared.keys.init(args, at.b, at.j);
-    const int all = (shared.keys.size() + Config::kTokens - 1) / Config::kTokens;
-    const int each = (all + args.num_splits - 1) / args.num_splits;
-    shared.first_block = std::min(static_cast<int>(blockIdx.y) * each, all);
-    shared.blocks = std::min(each, all - shared.first_block);
+    const TileShare share(args, shared.keys.size(), Config::kTokens);
+    shared.first_block = share.first;
+    shared.blocks = share.count;
   }
   __syncthreads();
 

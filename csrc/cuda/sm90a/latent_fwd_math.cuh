@@ -151,15 +151,9 @@ class LatentFwdMath {
   // while both multiply the second block's values.
   template <bool kIsLast>
   __device__ void run_tile(int tile) {
-    softmax([&] {
+    attend_own([&] {
       if (tile > 0) let_go_other();
     });
-    publish_p();
-    if (moved_) rescale(factors_);
-    multiply_own();
-    ptx::wgmma_wait<0>();
-    ptx::wgmma_result(out_);
-    let_go(kOwn, kOwn);
     if constexpr (!kIsLast) issue_qk((tile + 1) % 2);
     sync_other();
     take_over();
@@ -181,7 +175,13 @@ class LatentFwdMath {
     let_go_other();
     finish_qk<0>();
     ptx::wgmma_result(out_);
-    softmax([] {});
+    attend_own([] {});
+  }
+
+  // From the scores of this warpgroup's block to its part of the output. then(): as softmax.
+  template <typename Then>
+  __device__ void attend_own(Then&& then) {
+    softmax(then);
     publish_p();
     if (moved_) rescale(factors_);
     multiply_own();
