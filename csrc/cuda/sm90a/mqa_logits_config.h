@@ -105,6 +105,12 @@ struct MqaLogitsConfig {
 template <int kHeads, int kDim, int kMathWarpgroups = kHeads == 16 ? 3 : 4>
 using FlatConfig = MqaLogitsConfig<kHeads, kDim, kMathWarpgroups, 128, kMathWarpgroups>;
 
+// The same of few queries and keys, as decode: the warpgroups share 128 columns, so that a CTA
+// begins with less to load and more CTAs have work.
+template <int kHeads, int kDim>
+using FewFlatConfig =
+    MqaLogitsConfig<kHeads, kDim, 4, kHeads == 16 ? 64 : 128, kHeads == 16 ? 2 : 1>;
+
 // Decode: as few columns as hold a request's queries, the warpgroups share the keys.
 template <int kHeads, int kWarpgroupColumns, int kColumnGroups>
 using PagedConfig = MqaLogitsConfig<kHeads, 128, 4, kWarpgroupColumns, kColumnGroups>;

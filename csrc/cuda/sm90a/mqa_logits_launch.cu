@@ -88,13 +88,23 @@ Status launch_flat(const MqaLogitsParams& p) {
   return {};
 }
 
+// Products of a query's head and a key below which fewer columns are faster (measured).
+constexpr std::int64_t kFewProducts = std::int64_t{1} << 24;
+
+template <int kHeads, int kDim>
+Status launch_flat_heads(const MqaLogitsParams& p) {
+  const bool are_few = p.q.size(0) * kHeads <= (kFewProducts - 1) / p.k.size(0);
+  return are_few ? launch_flat<sm90a::FewFlatConfig<kHeads, kDim>>(p)
+                 : launch_flat<sm90a::FlatConfig<kHeads, kDim>>(p);
+}
+
 template <int kDim>
-Status launch_flat(const MqaLogitsParams& p) {
+Status launch_flat_dim(const MqaLogitsParams& p) {
   const std::int64_t heads = p.q.size(1);
-  if (heads <= 16) return launch_flat<sm90a::FlatConfig<16, kDim>>(p);
-  if (heads <= 32) return launch_flat<sm90a::FlatConfig<32, kDim>>(p);
-  if (heads <= 64) return launch_flat<sm90a::FlatConfig<64, kDim>>(p);
-  return launch_flat<sm90a::FlatConfig<128, kDim>>(p);
+  if (heads <= 16) return launch_flat_heads<16, kDim>(p);
+  if (heads <= 32) return launch_flat_heads<32, kDim>(p);
+  if (heads <= 64) return launch_flat_heads<64, kDim>(p);
+  return launch_flat_heads<128, kDim>(p);
 }
 
 // Keys of a copy: a power of two that divides a page, from a swizzle's eight rows to 64.
@@ -142,9 +152,9 @@ Support sm90a_mqa_logits_takes(const MqaLogitsParams& p) {
 
 Status sm90a_mqa_logits(const MqaLogitsParams& p) {
   switch (p.q.size(2)) {
-    case 32: return launch_flat<32>(p);
-    case 64: return launch_flat<64>(p);
-    default: return launch_flat<128>(p);
+    case 32: return launch_flat_dim<32>(p);
+    case 64: return launch_flat_dim<64>(p);
+    default: return launch_flat_dim<128>(p);
   }
 }
 
