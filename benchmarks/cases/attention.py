@@ -282,12 +282,12 @@ def _times_flash_mla(least: float | None) -> tuple[Bar, ...]:
 
 
 def cuda_cases() -> Iterator[Case]:
-    third = (Bar("FlashMLA", 0.35),)
-    for n in (8192, 32768, 131072):
-        yield sparse_prefill(576, 128, 2048, 4096, n, third, quick=n == 32768)
-    yield sparse_prefill(576, 64, 2048, 4096, 32768, third)
-    yield sparse_prefill(512, 64, 512, 4096, 32768, third)
-    yield sparse_prefill(512, 128, 1024, 4096, 32768, third)
+    for n, least in ((8192, 1.02), (32768, 1.1), (131072, 1.18)):
+        bars = _times_flash_mla(least)
+        yield sparse_prefill(576, 128, 2048, 4096, n, bars, quick=n == 32768)
+    yield sparse_prefill(576, 64, 2048, 4096, 32768, _times_flash_mla(1.1))
+    yield sparse_prefill(512, 64, 512, 4096, 32768, _times_flash_mla(1.12))
+    yield sparse_prefill(512, 128, 1024, 4096, 32768, _times_flash_mla(1.1))
     for heads in (128, 64):
         for batch, s_q in _DECODE_SHAPES:
             target = (batch, s_q, heads) == (128, 1, 128)

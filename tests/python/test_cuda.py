@@ -268,6 +268,21 @@ def test_sparse_fwd_head_counts(h_q):
 
 
 @pytest.mark.usefixtures("attention_kernel")
+@pytest.mark.parametrize("d_qk", [512, 576])
+def test_sparse_fwd_of_more_tokens_than_sms(d_qk):
+    """Of all lengths up to three tiles, many of length 0, one without a valid slot."""
+    case = sparse_case(700, 64, d_qk, 512, 300, 300, BF16, DEVICE)
+    length = torch.randint(-100, 301, (700,)).clamp(min=0)
+    check_sparse(case | {"topk_length": int32(length * (torch.rand(700) < 0.9), DEVICE)})
+
+
+@pytest.mark.usefixtures("attention_kernel")
+@pytest.mark.parametrize("sm_scale", [-0.05, 0.0])
+def test_sparse_fwd_of_a_scale_not_above_0(sm_scale):
+    check_sparse(sparse_case(5, 64, 576, 512, 200, 130, BF16, DEVICE) | {"sm_scale": sm_scale})
+
+
+@pytest.mark.usefixtures("attention_kernel")
 @pytest.mark.parametrize("topk", [1, 7, 63, 64, 65, 200, 2048])
 @pytest.mark.parametrize("h_q", [1, 16, 128])
 def test_sparse_fwd_candidates(h_q, topk):

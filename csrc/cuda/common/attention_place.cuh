@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a CTA of an attention kernel has: query token, heads, keys; where its heads' statistics go.
+// What a CTA of an attention kernel works on: query token, heads, keys; where its heads' statistics
+// go.
 #pragma once
 
 #include <algorithm>
@@ -10,18 +11,15 @@
 
 namespace dsa::cuda {
 
-// Of grid x: query token, block of heads; y: split. Read anew, so that it can be found again where
-// it is needed: registers may be short between.
+// x: query token, block of heads.
 struct AttentionPlace {
   std::int64_t b, j;  // of the query token
   int first_head;
   int heads;             // up to those of a tile
   std::int64_t partial;  // the first head's number among partial results
 
-  __device__ AttentionPlace(const AttentionArgs& args, int heads_of_tile) {
-    unsigned x, split;
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
-    asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(split));
+  __device__ AttentionPlace(const AttentionArgs& args, int heads_of_tile, unsigned x,
+                            unsigned split) {
     const unsigned head_tiles = (args.num_heads + heads_of_tile - 1) / heads_of_tile;
     const unsigned launch_row = x / head_tiles;
     const auto row = static_cast<unsigned>(args.first_row) + launch_row;
@@ -32,16 +30,25 @@ struct AttentionPlace {
     heads = std::min(args.num_heads - first_head, heads_of_tile);
     partial = (std::int64_t{launch_row} * args.num_splits + split) * args.num_heads + first_head;
   }
+
+  // Of grid x and y, read anew, so that it can be found again where it is needed: registers may be
+  // short between.
+  __device__ static AttentionPlace of_cta(const AttentionArgs& args, int heads_of_tile) {
+    unsigned x, split;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+    asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(split));
+    return {args, heads_of_tile, x, split};
+  }
 };
 
-// This CTA's split of `keys` keys, in tiles.
+// A split of `keys` keys, in tiles.
 struct TileShare {
   int first, count;
 
-  __device__ TileShare(const AttentionArgs& args, int keys, int tokens_of_tile) {
+  __device__ TileShare(const AttentionArgs& args, int keys, int tokens_of_tile, unsigned split) {
     const int all = (keys + tokens_of_tile - 1) / tokens_of_tile;
     const int each = (all + args.num_splits - 1) / args.num_splits;
-    first = std::min(static_cast<int>(blockIdx.y) * each, all);
+    first = std::min(static_cast<int>(split) * each, all);
     count = std::min(each, all - first);
   }
 };

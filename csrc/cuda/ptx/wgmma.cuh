@@ -135,9 +135,9 @@ __device__ __forceinline__ void wgmma_e4m3(float (&d)[64], WgmmaDescriptor<kRowB
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()),                            \
         "r"(static_cast<int>(accumulate)))
 
-template <typename Element>
+template <typename Element, int kRowBytes>
 __device__ __forceinline__ void wgmma_16_bit(float (&d)[4], const std::uint32_t (&a)[4],
-                                             WgmmaDescriptor<128> b, bool accumulate) {
+                                             WgmmaDescriptor<kRowBytes> b, bool accumulate) {
   if constexpr (std::is_same_v<Element, __half>) {
     DSA_WGMMA_16_BIT("f16", "8", "%0, %1, %2, %3", "%4", "%5", "%6", "%7", "%8", "%9", "+f"(d[0]),
                      "+f"(d[1]), "+f"(d[2]), "+f"(d[3]));
@@ -261,22 +261,16 @@ __device__ __forceinline__ void wgmma_16_bit(float (&d)[32], WgmmaDescriptor<128
 
 #undef DSA_WGMMA_64_64
 
-// d += A B of f16 or bf16, B [16, 256] by rows in shared memory; A [64, 16] K-major in shared
+// d += A B of f16 or bf16, B [16, 128] by rows in shared memory; A [64, 16] K-major in shared
 // memory, or from registers as above.
-#define DSA_WGMMA_64_256(TYPE, A, B, ...)                                                          \
+#define DSA_WGMMA_64_128(TYPE, A, B, ...)                                                          \
   asm volatile(                                                                                    \
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE                                 \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE                                 \
       " {"                                                                                         \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                     \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "           \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "           \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "           \
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "           \
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "           \
-      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, "     \
-      "%111, "                                                                                     \
-      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, " \
-      "%127"                                                                                       \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "      \
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "      \
+      "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "      \
+      "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"                                      \
       "}, " A ", " B ";"                                                                           \
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),        \
         "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),    \
@@ -287,40 +281,31 @@ __device__ __forceinline__ void wgmma_16_bit(float (&d)[32], WgmmaDescriptor<128
         "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), \
         "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), \
         "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), \
-        "+f"(d[63]), "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), \
-        "+f"(d[70]), "+f"(d[71]), "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), \
-        "+f"(d[77]), "+f"(d[78]), "+f"(d[79]), "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), \
-        "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]), "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), \
-        "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]), "+f"(d[96]), "+f"(d[97]), \
-        "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]),          \
-        "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]),        \
-        "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]),        \
-        "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]), "+f"(d[120]), "+f"(d[121]),        \
-        "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])         \
+        "+f"(d[63])                                                                                \
       : __VA_ARGS__)
 
 template <typename Element>
-__device__ __forceinline__ void wgmma_rows(float (&d)[128], WgmmaDescriptor<128> a,
+__device__ __forceinline__ void wgmma_rows(float (&d)[64], WgmmaDescriptor<128> a,
                                            WgmmaRowsDescriptor b) {
   if constexpr (std::is_same_v<Element, __half>) {
-    DSA_WGMMA_64_256("f16", "%128", "%129, 1, 1, 1, 0, 1", "l"(a.bits()), "l"(b.bits()));
+    DSA_WGMMA_64_128("f16", "%64", "%65, 1, 1, 1, 0, 1", "l"(a.bits()), "l"(b.bits()));
   } else {
-    DSA_WGMMA_64_256("bf16", "%128", "%129, 1, 1, 1, 0, 1", "l"(a.bits()), "l"(b.bits()));
+    DSA_WGMMA_64_128("bf16", "%64", "%65, 1, 1, 1, 0, 1", "l"(a.bits()), "l"(b.bits()));
   }
 }
 
 template <typename Element>
-__device__ __forceinline__ void wgmma_rows(float (&d)[128], const std::uint32_t (&a)[4],
+__device__ __forceinline__ void wgmma_rows(float (&d)[64], const std::uint32_t (&a)[4],
                                            WgmmaRowsDescriptor b) {
   if constexpr (std::is_same_v<Element, __half>) {
-    DSA_WGMMA_64_256("f16", "{%128, %129, %130, %131}", "%132, 1, 1, 1, 1", "r"(a[0]), "r"(a[1]),
+    DSA_WGMMA_64_128("f16", "{%64, %65, %66, %67}", "%68, 1, 1, 1, 1", "r"(a[0]), "r"(a[1]),
                      "r"(a[2]), "r"(a[3]), "l"(b.bits()));
   } else {
-    DSA_WGMMA_64_256("bf16", "{%128, %129, %130, %131}", "%132, 1, 1, 1, 1", "r"(a[0]), "r"(a[1]),
+    DSA_WGMMA_64_128("bf16", "{%64, %65, %66, %67}", "%68, 1, 1, 1, 1", "r"(a[0]), "r"(a[1]),
                      "r"(a[2]), "r"(a[3]), "l"(b.bits()));
   }
 }
 
-#undef DSA_WGMMA_64_256
+#undef DSA_WGMMA_64_128
 
 }  // namespace dsa::cuda::ptx

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   extern __shared__ __align__(1024) std::uint8_t shared_bytes[];
   auto& shared = ptx::pinned_in_shared<typename Config::SharedStorage>(shared_bytes);
   const int warpgroup = threadIdx.x / 128;
-  const auto place = [&] { return AttentionPlace(args, Config::kHeads); };
+  const auto place = [&] { return AttentionPlace::of_cta(args, Config::kHeads); };
 
   if (threadIdx.x == 0) {
     const AttentionPlace at = place();
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   } else if (threadIdx.x == 32) {
     const AttentionPlace at = place();
     shared.keys.init(args, at.b, at.j);
-    const TileShare share(args, shared.keys.size(), Config::kTokens);
+    const TileShare share(args, shared.keys.size(), Config::kTokens, blockIdx.y);
     shared.first_tile = share.first;
     shared.tiles = share.count;
   }

@@ -5,9 +5,35 @@
 #include <cstdint>
 
 #include "cuda/common/attention_keys.cuh"
+#include "cuda/common/attention_place.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 
 namespace dsa::cuda::sm90a {
+
+struct LatentFwdWork {
+  unsigned tile;  // query token, block of heads
+  unsigned split;
+};
+
+// The pieces of work that CTAs take in turns: each split of each tile.
+struct LatentFwdGrid {
+  unsigned tiles;
+  unsigned works;
+
+  // Of this CTA: whether there is an n-th piece; the n-th piece.
+  __device__ bool has(unsigned n) const { return blockIdx.x + n * gridDim.x < works; }
+  __device__ LatentFwdWork work(unsigned n) const {
+    const unsigned number = blockIdx.x + n * gridDim.x;
+    return {number % tiles, number / tiles};
+  }
+};
+
+// What a producer knows of a piece of work.
+struct LatentFwdTask {
+  AttentionPlace place;
+  KeySequence keys;
+  int first_block, blocks;
+};
 
 // Element: of q, of the latents and of the output. kRope_: dims of the latents after the 512
 // values.
@@ -25,17 +51,31 @@ struct LatentFwdConfig {
   static constexpr int kDimBlocks = (kDimV + kRope) / kBlock;
   static constexpr int kHalfBlocks = kHalf / kBlock;
 
-  // Of a block of tokens, each loaded and let go by itself.
-  static constexpr int kParts = kRope > 0 ? 3 : 2;  // the values' halves, RoPE
-  static constexpr int first_dim_block(int part) { return part * kHalfBlocks; }
-  static constexpr int dim_blocks(int part) { return part < 2 ? kHalfBlocks : kRope / kBlock; }
+  // Of a block of tokens, each loaded and let go by itself: 128 dims of the values, or RoPE.
+  static constexpr int kPartBlocks = 2;
+  static constexpr int kPartDims = kPartBlocks * kBlock;
+  static constexpr int kHalfParts = kHalf / kPartDims;
+  static constexpr int kValueParts = 2 * kHalfParts;
+  static constexpr int kRopePart = kValueParts;
+  static constexpr int kParts = kValueParts + (kRope > 0 ? 1 : 0);
+  static constexpr int first_dim_block(int part) { return part * kPartBlocks; }
+  static constexpr int dim_blocks(int part) {
+    return part < kValueParts ? kPartBlocks : kRope / kBlock;
+  }
+  // The parts of a place's block in the order in which they are let go, and come again: RoPE, then
+  // of the first place the halves' in turn, of the second the second half's first.
+  static constexpr int part_at(int place, int i) {
+    if (kRope > 0 && i == 0) return kRopePart;
+    const int value = kRope > 0 ? i - 1 : i;
+    return place == 0 ? value / 2 + value % 2 * kHalfParts : value ^ kHalfParts;
+  }
 
-  static constexpr int kProducer = 2;  // warpgroup; before it the mathematics'
+  // Two warpgroups of mathematics, then two producers.
   static constexpr int kMathThreads = 256, kProducerThreads = 128;
-  static constexpr int kThreads = kMathThreads + kProducerThreads;
-  static constexpr int kMathRegisters = 232, kProducerRegisters = 40;
+  static constexpr int kThreads = kMathThreads + 2 * kProducerThreads;
+  static constexpr int kRegisters[4] = {224, 208, 40, 40};
 
-  // A producer's thread as its copies do, and a warp with the first part: which rows there are.
+  // A producer's thread as its copies do, and a warp with the first part: which tokens there are.
   static constexpr int full_arrivals(int part) {
     return kProducerThreads + (part == 0 ? kProducerThreads / 32 : 0);
   }
@@ -43,24 +83,25 @@ struct LatentFwdConfig {
   struct SharedStorage {
     alignas(1024) std::uint8_t q[kDimBlocks][kBlockBytes];      // [heads, 64 dims], swizzled
     alignas(1024) std::uint8_t kv[2][kDimBlocks][kBlockBytes];  // [tokens, 64 dims], swizzled
-    // P [heads, tokens] of a block, swizzled, where its RoPE was.
-    alignas(1024) std::uint8_t p[kRope > 0 ? 1 : 2][kRope > 0 ? 16 : kBlockBytes];
-    const std::uint8_t* rows[2][kTokens];  // that are being copied
-    std::uint8_t valid[2][kTokens];        // whether there is a row
-    bool all_valid[2];
+    // P [heads, tokens] of a block, swizzled, of the two in turn; at last 32 columns of each
+    // warpgroup's output.
+    alignas(1024) std::uint8_t p[kBlockBytes];
+    alignas(256) std::uint16_t ones[8][16];
+    std::uint8_t valid[2][kTokens];  // whether there is a token
+    union {
+      bool by_warp[kProducerThreads / 32];
+      std::uint32_t any;
+    } lacks[2];                // tokens
     float bases[2][kHeads];    // of the softmax after a block
     float factors[2][kHeads];  // what was summed before is multiplied by, if its warp's moved
     bool moved[2][4];
-    float sums[2][kHeads], weights[2][kHeads], maxima[2][kHeads];
+    float sums[kHeads], weights[kHeads], maxima[kHeads];  // of the second warpgroup
     float out_factor[kHeads];
-    ptx::Mbarrier full_q;
+    ptx::Mbarrier full_q, empty_q;
     ptx::Mbarrier full[2][kParts], empty[2][kParts];
-    KeySequence keys;
-    int first_block, blocks;  // of this CTA
-
-    __device__ std::uint8_t* p_of(int block) {
-      return kRope > 0 ? kv[block][kDimBlocks - 1] : p[block % (kRope > 0 ? 1 : 2)];
-    }
+    LatentFwdTask tasks[2][2];  // of each producer: a work and the next
+    int tiles;                  // of the mathematics' work
+    AttentionPlace places[2];   // of a work and the next
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };
@@ -68,9 +109,9 @@ struct LatentFwdConfig {
 // Barriers of part of the CTA, by bar.sync; 0 is all of it.
 struct LatentFwdBarrier {
   static constexpr int kMath = 1;
-  static constexpr int kWarpgroup = 2;  // and 3: one of the mathematics' warpgroups
-  static constexpr int kFullP = 4;      // and 5: of a block; its warpgroup arrives, the other syncs
-  static constexpr int kProducer = 6;
+  static constexpr int kFullP = 2;     // and 3: of a block; its warpgroup arrives, the other syncs
+  static constexpr int kStored = 4;    // the second warpgroup's output is
+  static constexpr int kProducer = 5;  // and 6: one of them
 };
 
 }  // namespace dsa::cuda::sm90a

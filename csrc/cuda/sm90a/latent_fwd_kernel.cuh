@@ -2,26 +2,23 @@
 // Attention over 16-bit latents on Hopper: sparse prefill, and decode over the paged cache, sparse
 // or dense.
 //
-// Tile       64 heads of a query token by two blocks of 64 tokens. Scores S = Q K^T [64, 64] of
-// each
-//            block; out [64, 512] += P V. All operands are 16-bit and in shared memory, but for a
-//            warpgroup's own P, which is in registers.
+// Tile       64 heads of a query token by two blocks of 64 tokens: scores S = Q K^T [64, 64] of
+//            each block; out [64, 512] += P V. All operands are 16-bit; P is in registers.
 // Warpgroups 0 and 1: the scores and the softmax of a tile's first and second block, and the first
-//            and second 256 dims of the output for both: they exchange P. 2: producer; four warps
-//            copy rows, cp.async of 16 bytes a lane, or one thread whole blocks of a dense cache's
-//            pages, by tensor copies.
-// Turns      0 has its next scores while 1 has its softmax, and its softmax while both multiply the
-//            second block's values.
+//            and second 256 dims of the output for both: they exchange P. 2 and 3: producers of the
+//            first and second blocks. Rows by cp.async, 16 bytes a lane; whole blocks of a dense
+//            cache's pages by tensor copies, some of the parts by each warp. 3 also copies q.
+// Overlap    0 has its next scores while 1 has its softmax, and its softmax while both multiply the
+//            second block's values and 1 begins with its next scores. A CTA has work after work:
+//            nobody waits between two but where q or the output must be ready.
 // Softmax    Its base goes from block to block, from warpgroup to warpgroup, and moves only where a
-//            score is 2^8 above it.
-// Registers  232, of which 128 are the output's sums and 32 the scores; producer 40.
-// Shared     q 72 KiB; two blocks of 72 KiB, where P takes the place of RoPE. Without RoPE 64 KiB
-//            each, and P 16 KiB.
-// Barriers   full, empty: of each block's first and second 256 dims and RoPE. full_q: the bytes of
-//            q. bar.sync 1: both of the mathematics' warpgroups, at the end. 2 and 3: one of them,
-//            RoPE has been read. 4 and 5: P and bases of a block are there. 6: the producer's, rows
-//            of a block have been looked up.
-// Grid       x: query token, block of heads; y: split of its tokens.
+//            score is 2^8 above it. The sum of P that divides the output is a product with ones.
+// Registers  224 and 208, of which 128 are the output's sums and 32 the scores; producers 40.
+// Shared     q 72 KiB; two blocks of 72 KiB (without RoPE 64 KiB each); P 8 KiB.
+// Barriers   full, empty: of each block's parts, 128 dims of the values or RoPE. full_q, empty_q.
+//            bar.sync 1: both of the mathematics' warpgroups, at the end. 2 and 3: P and bases of a
+//            block are there. 4: 1 has stored. 5 and 6: a producer's.
+// Grid       as many CTAs as SMs; they take query tokens, blocks of heads and splits in turns.
 #pragma once
 
 #include <cuda.h>
@@ -47,7 +44,8 @@ namespace dsa::cuda::sm90a {
 template <typename Config>
 __device__ void initialise_latent_barriers(typename Config::SharedStorage& shared) {
   constexpr int kWarps = 4;  // of a warpgroup
-  ptx::mbarrier_init(shared.full_q, 1);
+  ptx::mbarrier_init(shared.full_q, Config::kProducerThreads + 1);
+  ptx::mbarrier_init(shared.empty_q, 2 * kWarps);
   for (int block = 0; block < 2; ++block) {
     for (int part = 0; part < Config::kParts; ++part) {
       ptx::mbarrier_init(shared.full[block][part], Config::full_arrivals(part));
@@ -59,58 +57,61 @@ __device__ void initialise_latent_barriers(typename Config::SharedStorage& share
 
 template <typename Config, int kOwn>
 __device__ void attend(typename Config::SharedStorage& shared, const AttentionArgs& args,
-                       int thread) {
+                       const LatentFwdGrid& grid, int thread) {
   LatentFwdMath<Config, kOwn> math(shared, args.scale_log2, thread);
-  math.run();
-  const AttentionPlace at(args, Config::kHeads);
-  math.finish([&](int head, const HeadResult& result) {
-    shared.out_factor[head] = head < at.heads ? store_head(args, at, head, result) : 0.0f;
-  });
-  if (args.num_splits > 1) {
-    math.store(args.partial_out + at.partial * Config::kDimV, at.heads);
-  } else {
-    math.store(args.out + at.b * args.out_stride_b + at.j * args.out_stride_j +
-                   at.first_head * args.out_stride_h,
-               args.out_stride_h, at.heads, args.out_aligned);
+  for (unsigned n = 0; grid.has(n); ++n) {
+    const bool is_last = !grid.has(n + 1);
+    math.run(n, is_last);
+    const AttentionPlace& at = shared.places[n % 2];
+    math.finish([&](int head, const HeadResult& result) {
+      return head < at.heads ? store_head(args, at, head, result) : 0.0f;
+    });
+    if (args.num_splits > 1) {
+      math.store(args.partial_out + at.partial * Config::kDimV, at.heads);
+    } else {
+      math.store(args.out + at.b * args.out_stride_b + at.j * args.out_stride_j +
+                     at.first_head * args.out_stride_h,
+                 args.out_stride_h, at.heads);
+    }
+    if (kOwn == 1 && !is_last) {
+      named_arrive<LatentFwdBarrier::kStored, Config::kMathThreads>();
+    }
   }
 }
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     sm90a_latent_fwd_kernel(const __grid_constant__ AttentionArgs args,
-                            const __grid_constant__ CUtensorMap q_map,
-                            const __grid_constant__ CUtensorMap page_map, bool by_pages) {
+                            const __grid_constant__ LatentFwdPages pages,
+                            const __grid_constant__ LatentFwdGrid grid) {
   extern __shared__ __align__(1024) std::uint8_t shared_bytes[];
   auto& shared = ptx::pinned_in_shared<typename Config::SharedStorage>(shared_bytes);
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
 
   if (threadIdx.x == 0) {
-    const AttentionPlace at(args, Config::kHeads);
     initialise_latent_barriers<Config>(shared);
-    ptx::mbarrier_arrive_expect(shared.full_q, sizeof(shared.q));
-    for (int i = 0; i < Config::kDimBlocks; ++i) {
-      ptx::tma_load(shared.q[i], q_map, shared.full_q, i * 128, at.first_head,
-                    static_cast<std::int32_t>(at.j), static_cast<std::int32_t>(at.b));
-    }
-  } else if (threadIdx.x == 32) {
-    const AttentionPlace at(args, Config::kHeads);
-    shared.keys.init(args, at.b, at.j);
-    const TileShare share(args, shared.keys.size(), Config::kTokens);
-    shared.first_block = share.first;
-    shared.blocks = share.count;
+  } else if (warpgroup >= 2 && thread == 0) {
+    find_latent_task<Config>(args, grid.work(0), shared.tasks[warpgroup - 2][0]);
+  }
+  if (threadIdx.x < sizeof(shared.ones) / 4) {
+    reinterpret_cast<std::uint32_t*>(shared.ones)[threadIdx.x] =
+        pack<typename Config::Element>(1.0f, 1.0f);
+    ptx::fence_async_shared();
   }
   __syncthreads();
 
-  if (warpgroup == Config::kProducer) {
-    ptx::set_max_registers_down<Config::kProducerRegisters>();
-    LatentFwdProducer<Config>(shared, args, page_map, by_pages, thread).run();
-    return;
-  }
-  ptx::set_max_registers_up<Config::kMathRegisters>();
   if (warpgroup == 0) {
-    attend<Config, 0>(shared, args, thread);
+    ptx::set_max_registers_up<Config::kRegisters[0]>();
+    attend<Config, 0>(shared, args, grid, thread);
+  } else if (warpgroup == 1) {
+    ptx::set_max_registers_up<Config::kRegisters[1]>();
+    attend<Config, 1>(shared, args, grid, thread);
+  } else if (warpgroup == 2) {
+    ptx::set_max_registers_down<Config::kRegisters[2]>();
+    LatentFwdProducer<Config, 0>(shared, args, pages, thread).run(grid);
   } else {
-    attend<Config, 1>(shared, args, thread);
+    ptx::set_max_registers_down<Config::kRegisters[3]>();
+    LatentFwdProducer<Config, 1>(shared, args, pages, thread).run(grid);
   }
 }
 

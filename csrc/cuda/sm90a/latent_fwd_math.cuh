@@ -22,56 +22,95 @@ class LatentFwdMath {
   using SharedStorage = typename Config::SharedStorage;
   using Element = typename Config::Element;
 
-  __device__ LatentFwdMath(SharedStorage& shared, float scale_log2, int thread)
-      : shared_(shared), scale_log2_(scale_log2), warp_(thread / 32 % 4), lane_(thread % 32) {
-#pragma unroll
-    for (float& x : out_) x = 0.0f;
-  }
+  __device__ LatentFwdMath(SharedStorage& shared, const float& scale_log2, int thread)
+      : shared_(shared), scale_log2_(scale_log2), warp_(thread / 32 % 4), lane_(thread % 32) {}
 
-  __device__ void run() {
-    const int tiles = (shared_.blocks + 1) / 2;
-    ptx::mbarrier_wait(shared_.full_q, 0);  // also for nothing: a CTA must not end before
-    if (tiles == 0) return;
+  // The n-th work of this CTA, up to finish(). The first warpgroup has its next scores, also those
+  // of the next work, before the second block's P is there; the second one half of its scores
+  // before the first block's P is.
+  __device__ void run(std::uint32_t n, bool is_last) {
+    begin();
     if constexpr (kOwn == 0) {
-      issue_qk(0);
-      finish_qk<0>();
-      for (int tile = 0; tile + 1 < tiles; ++tile) run_tile<false>(tile);
-      run_tile<true>(tiles - 1);
+      if (tiles_ < 0) {
+        wait_for_q(n);
+        if (tiles_ > 0) {
+          issue_qk<0, Config::kParts>(true);
+          finish_qk<0>(true);
+        }
+      }
+      if (n > 0) named_sync<LatentFwdBarrier::kStored, Config::kMathThreads>();
+      int left = tiles_;
+      const bool has_tiles = left > 0;
+      tiles_ = -1;
+      if (!has_tiles) let_go_q();
+      for (bool is_first = true; left > 0; --left, is_first = false) {
+        attend_own(!is_first);
+        bool has_next = left > 1;
+        if (!has_next) {
+          let_go_q();
+          if (!is_last) {
+            wait_for_q(n + 1);
+            has_next = tiles_ > 0;
+          }
+        }
+        issue_qk<0, Config::kParts>(has_next);
+        take_over();
+        multiply<kOther>();
+        finish_qk<Config::kHalfParts>(has_next);
+      }
+      finish_other(has_tiles);
     } else {
-      for (int tile = 0; tile < tiles; ++tile) run_tile(tile);
+      wait_for_q(n);
+      if (tiles_ == 0) let_go_q();
+      for (int left = tiles_; left > 0; --left) {
+        issue_qk<0, kEarlyParts>(true);
+        take_over();
+        multiply<kOther>();
+        finish<kOther>();
+        issue_qk<kEarlyParts, Config::kParts>(true);
+        finish_qk<0>(true);
+        if (left == 1) let_go_q();
+        attend_own(false);
+      }
     }
   }
 
-  // use(head, result), a thread a head; after both warpgroups have run.
+  // After run(). use(head, result): a thread a head; the factor of its output.
   template <typename Use>
   __device__ void finish(Use&& use) {
+    float sums[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float sum = quad_sum(sums_[i]), weight = quad_sum(weights_[i]);
-      if (lane_ % 4 == 0) {
-        shared_.sums[kOwn][row(i)] = sum;
-        shared_.weights[kOwn][row(i)] = weight;
-        shared_.maxima[kOwn][row(i)] = maxima_[i];
-        if (kOwn == 1) shared_.bases[1][row(i)] = bases_[i];
+      sums[i] = quad_sum(sums_[i]);
+      if (kOwn == 1 && lane_ % 4 == 0) {
+        shared_.sums[row(i)] = sums[i];
+        shared_.weights[row(i)] = weights_[2 * i];
+        shared_.maxima[row(i)] = maxima_[i];
       }
     }
     named_sync<LatentFwdBarrier::kMath, Config::kMathThreads>();
-    const int head = 32 * warp_ + lane_;
-    if (kOwn == 0 && head < Config::kHeads) {
-      const auto both = [&](const float (&x)[2][Config::kHeads]) {
-        return x[0][head] + x[1][head];
-      };
-      use(head, HeadResult(both(shared_.sums), both(shared_.weights), shared_.bases[1][head],
-                           fmaxf(shared_.maxima[0][head], shared_.maxima[1][head])));
+    if (kOwn == 0 && lane_ % 4 < 2) {
+      const bool second = lane_ % 2 != 0;
+      const auto mine = [&](float x, float y) { return second ? y : x; };
+      const int head = row(second ? 1 : 0);
+      shared_.out_factor[head] =
+          use(head, HeadResult(mine(sums[0], sums[1]) + shared_.sums[head],
+                               mine(weights_[0], weights_[2]) + shared_.weights[head],
+                               mine(bases_[0], bases_[1]),
+                               fmaxf(mine(maxima_[0], maxima_[1]), shared_.maxima[head])));
     }
+    __syncwarp();
     named_sync<LatentFwdBarrier::kMath, Config::kMathThreads>();
 #pragma unroll
     for (int i = 0; i < 2; ++i) factors_[i] = shared_.out_factor[row(i)];
+    if (factors_[0] == 0.0f || factors_[1] == 0.0f) {  // whatever was summed
 #pragma unroll
-    for (int i = 0; i < Config::kHalf / 2; ++i) {
-      const float factor = factors_[i / 2 % 2];
-      out_[i] = factor == 0.0f ? 0.0f : out_[i] * factor;  // whatever was summed
+      for (int i = 0; i < Config::kHalf / 2; ++i) {
+        if (factors_[i / 2 % 2] == 0.0f) output(i) = 0.0f;
+      }
     }
+#pragma unroll
+    for (int i = 0; i < Config::kHalf / 2; ++i) output(i) *= factors_[i / 2 % 2];
   }
 
   // The output of `heads` heads in fp32, head h's at out + h * 512.
@@ -82,47 +121,67 @@ class LatentFwdMath {
       float* to = out + row(i) * Config::kDimV + kOwn * Config::kHalf + lane_ % 4 * 2;
 #pragma unroll
       for (int j = 0; j < Config::kHalf / 8; ++j) {
-        *reinterpret_cast<float2*>(to + 8 * j) = {out_[4 * j + 2 * i], out_[4 * j + 2 * i + 1]};
+        *reinterpret_cast<float2*>(to + 8 * j) = {output(4 * j + 2 * i), output(4 * j + 2 * i + 1)};
       }
     }
   }
 
-  // The same in 16 bits, head h's at out + h * stride, by way of shared memory.
-  __device__ void store(std::uint16_t* out, std::int64_t stride, int heads, bool aligned) const {
-    // [heads, 64 dims] four times, swizzled as q; a warp's rows are its own.
-    std::uint8_t* staged = shared_.kv[kOwn][0];
+  // The same in 16 bits, head h's at out + h * stride, on 16 bytes: 32 columns at a time by way of
+  // shared memory, where a warp's 16 rows are its own.
+  __device__ void store(std::uint16_t* out, std::int64_t stride, int heads) const {
+    constexpr int kColumns = 32, kRowBytes = 2 * kColumns;
+    std::uint8_t* staged = shared_.p + (4 * kOwn + warp_) * 16 * kRowBytes;
+    const auto address = [&](int r, int chunk) {
+      return staged + r * kRowBytes + (chunk ^ r / 2 % 4) * 16;
+    };
+    const uint4* from[2];
+    std::uint16_t* to[2];
 #pragma unroll
-    for (int block = 0; block < Config::kHalfBlocks; ++block) {
-#pragma unroll
-      for (int j = 0; j < 8; j += 2) {
-        const float* x = &out_[32 * block + 4 * j];
-        const std::uint32_t words[4] = {pack<Element>(x[0], x[1]), pack<Element>(x[2], x[3]),
-                                        pack<Element>(x[4], x[5]), pack<Element>(x[6], x[7])};
-        ptx::stmatrix_x4(matrix_address(staged + block * Config::kBlockBytes, j), words);
-      }
+    for (int i = 0; i < 2; ++i) {
+      from[i] = reinterpret_cast<const uint4*>(address(row(i) % 16, lane_ % 4));
+      to[i] = out + row(i) * stride + kOwn * Config::kHalf + lane_ % 4 * 8;
     }
-    __syncwarp();
-    for (int r = 0; r < 16; ++r) {
-      const int head = 16 * warp_ + r;
-      if (head >= heads) break;
-      const int chunk = lane_ % 8;
-      const auto* from = reinterpret_cast<const uint4*>(staged + lane_ / 8 * Config::kBlockBytes +
-                                                        head * 128 + (chunk ^ head % 8) * 16);
-      std::uint16_t* to = out + head * stride + kOwn * Config::kHalf + lane_ * 8;
-      if (aligned) {
-        *reinterpret_cast<uint4*>(to) = *from;
-      } else {
-        const auto* elements = reinterpret_cast<const std::uint16_t*>(from);
-        for (int e = 0; e < 8; ++e) to[e] = elements[e];
+#pragma unroll
+    for (int first = 0; first < Config::kHalf; first += kColumns) {
+#pragma unroll
+      for (int chunk = 0; chunk < 4; chunk += 2) {
+        std::uint32_t words[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const int i = first / 2 + 4 * chunk + 2 * k;
+          words[k] = pack<Element>(output(i), output(i + 1));
+        }
+        ptx::stmatrix_x4(ptx::shared_address(address(lane_ % 16, chunk + lane_ / 16)), words);
       }
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint4 words = *from[i];
+        if (row(i) < heads) *reinterpret_cast<uint4*>(to[i] + first) = words;
+      }
+      __syncwarp();
     }
   }
 
  private:
-  static constexpr int kRopePart = 2;
   static constexpr int kOther = 1 - kOwn;
+  // Parts of the second block that are there before the first one's P: RoPE, and what this
+  // warpgroup alone lets go of.
+  static constexpr int kEarlyParts = (Config::kRope > 0 ? 1 : 0) + Config::kHalfParts;
   // Scores may be above their base by this much, in powers of two.
   static constexpr float kSlack = 8.0f;
+
+  __device__ void begin() {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      bases_[i] = maxima_[i] = -kAttentionInf;
+      sums_[i] = 0.0f;
+    }
+#pragma unroll
+    for (float& x : weights_) x = 0.0f;
+#pragma unroll
+    for (int i = 0; i < Config::kHalf / 2; ++i) output(i) = 0.0f;
+  }
 
   // This thread's two rows: heads.
   __device__ int row(int i) const { return 16 * warp_ + lane_ / 4 + 8 * i; }
@@ -131,9 +190,14 @@ class LatentFwdMath {
     x += __shfl_xor_sync(~0u, x, 1);
     return x + __shfl_xor_sync(~0u, x, 2);
   }
-  __device__ static float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+  // Of two rows.
+  __device__ static void quad_max(float (&x)[2]) {
+#pragma unroll
+    for (int lanes = 1; lanes < 4; lanes *= 2) {
+      const float other[2] = {__shfl_xor_sync(~0u, x[0], lanes), __shfl_xor_sync(~0u, x[1], lanes)};
+      x[0] = fmaxf(x[0], other[0]);
+      x[1] = fmaxf(x[1], other[1]);
+    }
   }
 
   // Of this lane, for stmatrix: 16 rows of the warp, columns 8 j to 8 j + 15, of 128-byte rows.
@@ -142,59 +206,39 @@ class LatentFwdMath {
     return ptx::shared_address(block) + r * 128 + (chunk ^ r % 8) * 16;
   }
 
+  __device__ void let_go_q() {
+    __syncwarp();
+    if (lane_ == 0) ptx::mbarrier_arrive(shared_.empty_q);
+  }
+
   __device__ void let_go(int block, int part) {
     __syncwarp();
     if (lane_ == 0) ptx::mbarrier_arrive(shared_.empty[block][part]);
   }
 
-  // The first warpgroup has its next scores while the second one has its softmax, and its softmax
-  // while both multiply the second block's values.
-  template <bool kIsLast>
-  __device__ void run_tile(int tile) {
-    attend_own([&] {
-      if (tile > 0) let_go_other();
-    });
-    if constexpr (!kIsLast) issue_qk((tile + 1) % 2);
-    sync_other();
-    take_over();
-    multiply_other();
-    if constexpr (kIsLast) {
-      ptx::wgmma_wait<0>();
-      ptx::wgmma_result(out_);
-    } else {
-      finish_qk<1>();
-    }
+  __device__ void wait_for_q(std::uint32_t n) {
+    ptx::mbarrier_wait(shared_.full_q, n % 2);
+    tiles_ = shared_.tiles;
   }
 
-  __device__ void run_tile(int tile) {
-    sync_other();
-    take_over();
-    multiply_other();
-    issue_qk(tile % 2);
-    ptx::wgmma_wait<Config::kParts>();
-    let_go_other();
-    finish_qk<0>();
-    ptx::wgmma_result(out_);
-    attend_own([] {});
-  }
-
-  // From the scores of this warpgroup's block to its part of the output. then(): as softmax.
-  template <typename Then>
-  __device__ void attend_own(Then&& then) {
-    softmax(then);
+  // From the scores of this warpgroup's block to its part of the output.
+  __device__ void attend_own(bool lets_go_other) {
+    softmax(lets_go_other);
     publish_p();
     if (moved_) rescale(factors_);
-    multiply_own();
-    ptx::wgmma_wait<0>();
-    ptx::wgmma_result(out_);
-    let_go(kOwn, kOwn);
+    multiply<kOwn>();
+    finish<kOwn>();
   }
 
-  __device__ void issue_qk(std::uint32_t phase) {
+  // Some parts of this warpgroup's next block; if there is none, of whatever is there: the
+  // assembler would have products on their way wait for each other if they were issued by a branch.
+  template <int kFirst, int kEnd>
+  __device__ void issue_qk(bool is_there) {
     const ptx::WgmmaDescriptor<128> q(shared_.q[0]), k(shared_.kv[kOwn][0]);
 #pragma unroll
-    for (int part = 0; part < Config::kParts; ++part) {
-      ptx::mbarrier_wait(shared_.full[kOwn][part], phase);
+    for (int n = kFirst; n < kEnd; ++n) {
+      const int part = Config::part_at(kOwn, n);
+      if (is_there) ptx::mbarrier_wait(shared_.full[kOwn][part], phase_);
       ptx::fence_async_shared();  // what cp.async wrote, for wgmma
       ptx::wgmma_fence();
 #pragma unroll
@@ -203,80 +247,98 @@ class LatentFwdMath {
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
           const std::uint32_t at = block * Config::kBlockBytes + step * 32;
-          ptx::wgmma_16_bit<Element>(scores_, q + at, k + at, block + step > 0);
+          ptx::wgmma_16_bit<Element>(scores_, q + at, k + at, n + i + step > 0);
         }
       }
       ptx::wgmma_commit();
     }
+    if constexpr (kEnd < Config::kParts) return;
+    phase_ ^= is_there ? 1 : 0;
+    lacks_ = shared_.lacks[kOwn].any != 0;
   }
 
   // kLater: products that were issued since then.
   template <int kLater>
-  __device__ void finish_qk() {
+  __device__ void finish_qk(bool is_there) {
     ptx::wgmma_wait<kLater>();
     ptx::wgmma_result(scores_);
+    if (Config::kRope > 0 && is_there) let_go(kOwn, Config::kRopePart);
   }
 
-  // What multiply_other read.
-  __device__ void let_go_other() {
-    let_go(kOther, kOwn);
-    if constexpr (Config::kRope > 0) let_go(kOther, kRopePart);
+  // The output, of the products with a block's values; lets go of what they read part by part.
+  template <int kBlock>
+  __device__ void finish() {
+    static_assert(Config::kHalfParts == 2);
+    ptx::wgmma_wait<1>();
+    let_go(kBlock, first_part());
+    ptx::wgmma_wait<0>();
+    take_output();
+    let_go(kBlock, first_part() + 1);
   }
 
-  // Scores -> P, in registers as operands of wgmma. Bases move where a score is far above. Half way
-  // all products are waited for, and then(); out_ is not to be touched before.
-  template <typename Then>
-  __device__ void softmax(Then&& then) {
+  // The same of the other block, all at once.
+  __device__ void finish_other(bool lets_go) {
+    ptx::wgmma_wait<0>();
+    take_output();
+    if (!lets_go) return;
 #pragma unroll
-    for (float& x : scores_) x *= scale_log2_;
-    if (!shared_.all_valid[kOwn]) {
+    for (int i = 0; i < Config::kHalfParts; ++i) let_go(kOther, first_part() + i);
+  }
+
+  __device__ static constexpr int first_part() { return kOwn * Config::kHalfParts; }
+
+  __device__ void take_output() {
+    for (auto& part : out_) ptx::wgmma_result(part);
+    ptx::wgmma_result(weights_);
+  }
+
+  // Scores -> P, in registers as operands of wgmma. Bases move where a score is far above. On the
+  // way the other block's products are waited for; out_ is not to be touched before.
+  __device__ void softmax(bool lets_go_other) {
+    if (lacks_) {
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
         const int token = i / 4 * 8 + lane_ % 4 * 2 + i % 2;
         if (shared_.valid[kOwn][token] == 0) scores_[i] = -kAttentionInf;
       }
     }
+    float largest[2] = {fmaxf(scores_[0], scores_[1]), fmaxf(scores_[2], scores_[3])};
+#pragma unroll
+    for (int j = 1; j < 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        largest[i] = fmaxf(largest[i], fmaxf(scores_[4 * j + 2 * i], scores_[4 * j + 2 * i + 1]));
+      }
+    }
+    quad_max(largest);
     bool above = false;
     float shift[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float largest = -kAttentionInf;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        largest = fmaxf(largest, fmaxf(scores_[4 * j + 2 * i], scores_[4 * j + 2 * i + 1]));
-      }
-      largest = quad_max(largest);
-      maxima_[i] = fmaxf(maxima_[i], largest);
-      const bool moves = largest > bases_[i] + kSlack;  // also the first one of all
-      factors_[i] = moves ? exp2_approx(bases_[i] - largest) : 1.0f;
-      if (moves) bases_[i] = largest;
+      largest[i] *= scale_log2_;
+      maxima_[i] = fmaxf(maxima_[i], largest[i]);
+      const bool moves = largest[i] > bases_[i] + kSlack;  // also the first one of all
+      factors_[i] = moves ? exp2_approx(bases_[i] - largest[i]) : 1.0f;
+      if (moves) bases_[i] = largest[i];
       above |= moves;
       shift[i] = bases_[i] == -kAttentionInf ? 0.0f : bases_[i];
       sums_[i] *= factors_[i];
-      weights_[i] *= factors_[i];
     }
     moved_ = __any_sync(~0u, above);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      if (j == 4) {
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_result(out_);
-        then();
-      }
+      if (j == 4) finish_other(lets_go_other);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float p0 = exp2_approx(scores_[4 * j + 2 * i] - shift[i]);
-        const float p1 = exp2_approx(scores_[4 * j + 2 * i + 1] - shift[i]);
+        const float p0 = exp2_approx(fmaf(scores_[4 * j + 2 * i], scale_log2_, -shift[i]));
+        const float p1 = exp2_approx(fmaf(scores_[4 * j + 2 * i + 1], scale_log2_, -shift[i]));
         sums_[i] += p0 + p1;
-        const std::uint32_t word = pack<Element>(p0, p1);
-        const float2 rounded = unpack<Element>(word);
-        weights_[i] += rounded.x + rounded.y;
-        p_[j / 2][j % 2 * 2 + i] = word;
+        p_[j / 2][j % 2 * 2 + i] = pack<Element>(p0, p1);
       }
     }
   }
 
-  // P, and what the other warpgroup needs to know of bases. The block's RoPE has been read by all.
+  // P, and what the other warpgroup needs to know of bases.
   __device__ void publish_p() {
     if (lane_ % 4 == 0) {
 #pragma unroll
@@ -286,77 +348,90 @@ class LatentFwdMath {
       }
     }
     if (lane_ == 0) shared_.moved[kOwn][warp_] = moved_;
-    if constexpr (Config::kRope > 0) named_sync<LatentFwdBarrier::kWarpgroup + kOwn, 128>();
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      ptx::stmatrix_x4(matrix_address(shared_.p_of(kOwn), 2 * step), p_[step]);
+      ptx::stmatrix_x4(matrix_address(shared_.p, 2 * step), p_[step]);
     }
-    ptx::fence_async_shared();  // for wgmma
     named_arrive<LatentFwdBarrier::kFullP + kOwn, Config::kMathThreads>();
   }
 
-  // The other block's P, and so its rows, are there.
-  __device__ void sync_other() const {
-    named_sync<LatentFwdBarrier::kFullP + kOther, Config::kMathThreads>();
-    ptx::fence_async_shared();  // what cp.async wrote, for wgmma
-  }
-
-  // The other warpgroup's bases become this one's. Without a branch in the first warpgroup, whose
-  // scores are on their way: the assembler would wait for them.
+  // The other block's P, whose rows are there too, for this warpgroup's wgmma as for the other's;
+  // and the other's bases become this one's. Warps read what the same warp of the other one has
+  // written.
   __device__ void take_over() {
+    named_sync<LatentFwdBarrier::kFullP + kOther, Config::kMathThreads>();
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      ptx::ldmatrix_x4(p_[step], matrix_address(shared_.p, 2 * step));
+    }
     float factors[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       bases_[i] = shared_.bases[kOther][row(i)];
       factors[i] = shared_.factors[kOther][row(i)];
       sums_[i] *= factors[i];
-      weights_[i] *= factors[i];
     }
-    if (kOwn == 0 || shared_.moved[kOther][warp_]) rescale(factors);
+    if (shared_.moved[kOther][warp_]) {
+      ptx::wgmma_wait<0>();  // scores may be on their way, and would be waited for on both ways
+      rescale(factors);
+    }
   }
 
   __device__ void rescale(const float (&factors)[2]) {
 #pragma unroll
-    for (int i = 0; i < Config::kHalf / 2; ++i) out_[i] *= factors[i / 2 % 2];
+    for (int i = 0; i < Config::kHalf / 2; ++i) output(i) *= factors[i / 2 % 2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) weights_[i] *= factors[i / 2];
   }
 
   __device__ ptx::WgmmaRowsDescriptor values(int block) const {
     return {shared_.kv[block][kOwn * Config::kHalfBlocks], Config::kBlockBytes};
   }
   static constexpr int kStepBytes = 16 * 128;  // of 16 tokens
+  static constexpr int kPartBytes = Config::kPartBlocks * Config::kBlockBytes;
 
-  __device__ void multiply_own() {
-    const ptx::WgmmaRowsDescriptor v = values(kOwn);
+  // P of a block, in registers, with its values; its own also with ones, for the sums of P.
+  template <int kBlock>
+  __device__ void multiply() {
+    const ptx::WgmmaRowsDescriptor v = values(kBlock);
+    const ptx::WgmmaDescriptor<32> ones(shared_.ones);
     ptx::wgmma_fence();
+    if constexpr (kBlock == kOwn) {
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      ptx::wgmma_rows<Element>(out_, p_[step], v + step * kStepBytes);
+      for (int step = 0; step < 4; ++step) {
+        ptx::wgmma_16_bit<Element>(weights_, p_[step], ones, true);
+      }
     }
-    ptx::wgmma_commit();
+#pragma unroll
+    for (int part = 0; part < Config::kHalfParts; ++part) {
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        ptx::wgmma_rows<Element>(out_[part], p_[step], v + part * kPartBytes + step * kStepBytes);
+      }
+      ptx::wgmma_commit();
+    }
   }
 
-  __device__ void multiply_other() {
-    const ptx::WgmmaDescriptor<128> p(shared_.p_of(kOther));
-    const ptx::WgmmaRowsDescriptor v = values(kOther);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      ptx::wgmma_rows<Element>(out_, p + step * 32, v + step * kStepBytes);
-    }
-    ptx::wgmma_commit();
-  }
+  // Of this thread: column 8 (i / 4) + 2 (lane % 4) + i % 2 of the warpgroup's half, row(i / 2 %
+  // 2).
+  __device__ float& output(int i) { return out_[i / kPartSums][i % kPartSums]; }
+  __device__ float output(int i) const { return out_[i / kPartSums][i % kPartSums]; }
+  static constexpr int kPartSums = Config::kPartDims / 2;
 
   SharedStorage& shared_;
-  const float scale_log2_;
+  const float& scale_log2_;  // above 0; among the arguments, to leave registers
   const int warp_, lane_;
-  float bases_[2] = {-kAttentionInf, -kAttentionInf};
-  float maxima_[2] = {-kAttentionInf, -kAttentionInf};
-  float sums_[2] = {}, weights_[2] = {};  // of 2^(score - base), and of the same in 16 bits
+  std::uint32_t phase_ = 0;  // of this warpgroup's block
+  int tiles_ = -1;           // of the work that q has been waited for, if any
+  float bases_[2], maxima_[2];
+  float sums_[2];     // of 2^(score - base), of this thread's scores
+  float weights_[4];  // of P, two columns of each row, as all others
   float factors_[2];
+  bool lacks_;          // tokens, its block
   bool moved_ = false;  // a base of this warp
   float scores_[32];
   std::uint32_t p_[4][4];
-  float out_[Config::kHalf / 2];
+  float out_[Config::kHalfParts][kPartSums];
 };
 
 }  // namespace dsa::cuda::sm90a

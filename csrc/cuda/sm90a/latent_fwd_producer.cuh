@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The 16-bit attention kernel's producer: four warps copy rows of latents, 16 bytes a lane, or one
-// thread whole blocks of a page.
+// The 16-bit attention kernel's producers: four warps copy rows of latents, 16 bytes a lane, or
+// have the copy engine load whole blocks of a page.
 #pragma once
 
 #include <cuda.h>
@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "cuda/common/attention_args.h"
+#include "cuda/common/attention_place.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/ldst.cuh"
 #include "cuda/ptx/mbarrier.cuh"
@@ -17,110 +18,217 @@
 
 namespace dsa::cuda::sm90a {
 
-// A thread looks up a row of a block; then it copies 16 of each 128 bytes of four rows.
+// What is copied for a token that is not there.
+static __device__ const uint4 zero_latent[576 * 2 / 16] = {};
+
+// A dense cache whose pages are whole blocks, which the copy engine loads.
+struct LatentFwdPages {
+  CUtensorMap map;
+  bool are_blocks;  // else there is no map
+};
+
 template <typename Config>
+__device__ void find_latent_task(const AttentionArgs& args, const LatentFwdWork& work,
+                                 LatentFwdTask& task) {
+  task.place = AttentionPlace(args, Config::kHeads, work.tile, work.split);
+  task.keys.init(args, task.place.b, task.place.j);
+  const TileShare share(args, task.keys.size(), Config::kTokens, work.split);
+  task.first_block = share.first;
+  task.blocks = share.count;
+}
+
+// Of the blocks that take turns in one place of shared memory; the second one also loads q. A warp
+// copies 16 rows, each of which a lane has looked up: a lane 16 of each 128 bytes of four of them.
+template <typename Config, int kPlace>
 class LatentFwdProducer {
  public:
   using SharedStorage = typename Config::SharedStorage;
 
-  // by_pages: `pages` is the cache of dense requests, whose blocks lie in one page each.
   __device__ LatentFwdProducer(SharedStorage& shared, const AttentionArgs& args,
-                               const CUtensorMap& pages, bool by_pages, int thread)
-      : shared_(shared), args_(args), pages_(pages), by_pages_(by_pages), thread_(thread) {}
+                               const LatentFwdPages& pages, int thread)
+      : shared_(shared), args_(args), pages_(pages), warp_(thread / 32), lane_(thread % 32) {}
 
-  __device__ void run() {
-    std::int32_t fetched = fetch(0);
-    for (int n = 0; n < (shared_.blocks + 1) / 2 * 2; ++n) {
-      const std::int32_t slot = fetched;
-      fetched = fetch(n + 1);
-      if (is_whole(n, slot)) {
-        if (thread_ == 0) load(n, slot);
-        __syncwarp();
-        // As in copy: rows of the block before have been read.
-        named_sync<LatentFwdBarrier::kProducer, Config::kProducerThreads>();
-      } else {
-        copy(n, slot);
-      }
+  // All of this CTA's work, of which the first task is there. The next one is found out before the
+  // rows of one are copied.
+  __device__ void run(const LatentFwdGrid& grid) {
+    fetched_ = fetch(task(0), kPlace);
+    for (unsigned n = 0; grid.has(n); ++n) {
+      if (kPlace == 1) load_q(n);
+      if (grid.has(n + 1)) prepare(grid.work(n + 1), n + 1);
+      run(n, grid.has(n + 1));
     }
   }
 
  private:
-  static constexpr int kRowsAtOnce = Config::kProducerThreads / 8;
-  static constexpr int kRows = Config::kTokens / kRowsAtOnce;  // of a thread
+  __device__ LatentFwdTask& task(unsigned n) const { return shared_.tasks[kPlace][n % 2]; }
 
-  // The row that this thread looks up; two threads have the same.
-  __device__ int row() const { return thread_ % Config::kTokens; }
-  __device__ int key(int n) const { return (shared_.first_block + n) * Config::kTokens + row(); }
-  __device__ std::int32_t fetch(int n) const { return shared_.keys.fetch(args_, key(n)); }
+  // Tiles have two blocks, of which the last may have no tokens.
+  __device__ static bool is_of(const LatentFwdTask& task, int block) {
+    return block < task.blocks + kPlace;
+  }
+
+  // The rows of the n-th piece of work.
+  __device__ void run(unsigned n, bool has_next) {
+    if (task(n).blocks == 0 && has_next) fetched_ = fetch(task(n + 1), kPlace);
+    for (int block = kPlace; is_of(task(n), block); block += 2) {
+      const std::int32_t slot = fetched_;
+      if (is_of(task(n), block + 2)) {
+        fetched_ = fetch(task(n), block + 2);
+      } else if (has_next) {
+        fetched_ = fetch(task(n + 1), kPlace);
+      }
+      if (is_whole(task(n), block, slot)) {
+        if (ptx::elect_one()) load(task(n), block, slot);
+        __syncwarp();
+      } else {
+        copy(task(n), block, slot);
+      }
+      phase_ ^= 1;
+    }
+  }
+
+  static constexpr int kWarps = Config::kProducerThreads / 32;
+  static constexpr int kRows = 4;  // of a lane, from one to the next 16
+  static constexpr int kRowsApart = 16;
+  static_assert(kWarps * kRows == kRowsApart && kRows * kRowsApart == Config::kTokens);
+
+  // By all threads. The task before the last one has been done by all of them.
+  __device__ void prepare(const LatentFwdWork& work, unsigned n) const {
+    named_sync<LatentFwdBarrier::kProducer + kPlace, Config::kProducerThreads>();
+    if (warp_ == 0 && lane_ == 0) find_latent_task<Config>(args_, work, task(n));
+    __syncwarp();
+    named_sync<LatentFwdBarrier::kProducer + kPlace, Config::kProducerThreads>();
+  }
+
+  // q, as rows are copied, and what the mathematics has to know of their work.
+  __device__ void load_q(unsigned n) const {
+    const AttentionPlace& at = task(n).place;
+    const auto* q = reinterpret_cast<const std::uint8_t*>(
+        args_.q + at.b * args_.q_stride_b + at.j * args_.q_stride_j +
+        (at.first_head + row()) * args_.q_stride_h);
+    const std::uint64_t own = address_of(row() < at.heads ? q : nullptr);
+    ptx::mbarrier_wait(shared_.empty_q, n % 2 ^ 1);
+    const Rows rows(own, lane_);
+#pragma unroll
+    for (int dims = 0; dims < Config::kDimBlocks; ++dims) {
+      rows.copy(to(shared_.q[dims]), dims);
+    }
+    ptx::mbarrier_arrive_after_cp_async(shared_.full_q);
+    if (warp_ == 0 && lane_ == 0) {
+      shared_.places[n % 2] = at;
+      shared_.tiles = (task(n).blocks + 1) / 2;
+      ptx::mbarrier_arrive(shared_.full_q);
+    }
+    __syncwarp();
+  }
+
+  // The row of a block that this lane looks up; two lanes have the same.
+  __device__ int row() const {
+    return kRows * warp_ + lane_ % kRows + lane_ / kRows % kRows * kRowsApart;
+  }
+  __device__ int key(const LatentFwdTask& task, int block) const {
+    return (task.first_block + block) * Config::kTokens + row();
+  }
+  __device__ std::int32_t fetch(const LatentFwdTask& task, int block) const {
+    return task.keys.fetch(args_, key(task, block));
+  }
+
+  // Of a row, or of zeros.
+  __device__ static std::uint64_t address_of(const std::uint8_t* row) {
+    return reinterpret_cast<std::uint64_t>(
+        row != nullptr ? row : reinterpret_cast<const std::uint8_t*>(zero_latent));
+  }
+
+  // Where in 64 dims of a block, [tokens, 128 bytes] swizzled, this lane's first row has its chunk.
+  __device__ std::uint32_t to(const std::uint8_t* dims) const {
+    const int first_row = kRows * warp_ + lane_ / 8;
+    return ptx::shared_address(dims) + first_row * 128 + (lane_ % 8 ^ first_row % 8) * 16;
+  }
+
+  // The rows that a lane copies chunks of.
+  class Rows {
+   public:
+    // own: the address that this lane has looked up.
+    __device__ Rows(std::uint64_t own, int lane) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        from_[i] =
+            reinterpret_cast<const std::uint8_t*>(__shfl_sync(~0u, own, lane / 8 + i * kRows)) +
+            lane % 8 * 16;
+      }
+    }
+    __device__ void copy(std::uint32_t to, int dims) const {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        ptx::cp_async<16>(to + i * kRowsApart * 128, from_[i] + dims * 128);
+      }
+    }
+
+   private:
+    const std::uint8_t* from_[kRows];
+  };
 
   // Whether a block is all of tokens of one page, which is there.
-  __device__ bool is_whole(int n, std::int32_t page) const {
-    return by_pages_ && n < shared_.blocks &&
-           (shared_.first_block + n + 1) * Config::kTokens <= shared_.keys.size() && page >= 0 &&
+  __device__ bool is_whole(const LatentFwdTask& task, int block, std::int32_t page) const {
+    return pages_.are_blocks && block < task.blocks &&
+           (task.first_block + block + 1) * Config::kTokens <= task.keys.size() && page >= 0 &&
            page < args_.lists[0].rows.num_pages;
   }
 
-  // By one thread, which has the copy engine load a block and arrives for all.
-  __device__ void load(int n, std::int32_t page) const {
-    const int buffer = n % 2;
-    const std::uint32_t phase = n / 2 % 2;
-    const int page_size = static_cast<int>(args_.lists[0].rows.page_size.divisor());
-    const int token = (shared_.first_block + n) * Config::kTokens % page_size;
-    for (int part = 0; part < Config::kParts; ++part) {
-      ptx::Mbarrier& full = shared_.full[buffer][part];
-      ptx::mbarrier_wait(shared_.empty[buffer][part], phase ^ 1);
-      if (part == 0) shared_.all_valid[buffer] = true;
+  // By a lane of each warp: the copy engine loads the warp's parts; arrives for all.
+  __device__ void load(const LatentFwdTask& task, int block, std::int32_t page) const {
+    const auto& page_size = args_.lists[0].rows.page_size;
+    const int first = (task.first_block + block) * Config::kTokens;
+    const int token = first - static_cast<int>(page_size.quotient(first) * page_size.divisor());
+#pragma unroll
+    for (int i = 0; i < Config::kParts; ++i) {
+      if (i % kWarps != warp_) continue;
+      const int part = Config::part_at(kPlace, i);
+      ptx::Mbarrier& full = shared_.full[kPlace][part];
+      ptx::mbarrier_wait(shared_.empty[kPlace][part], phase_ ^ 1);
+      if (part == 0) shared_.lacks[kPlace].any = 0;
       ptx::mbarrier_arrive(full, Config::full_arrivals(part) - 1);
       ptx::mbarrier_arrive_expect(full, Config::dim_blocks(part) * Config::kBlockBytes);
       for (int k = 0; k < Config::dim_blocks(part); ++k) {
-        const int block = Config::first_dim_block(part) + k;
-        ptx::tma_load(shared_.kv[buffer][block], pages_, full, block * 128, token, page);
+        const int dims = Config::first_dim_block(part) + k;
+        ptx::tma_load(shared_.kv[kPlace][dims], pages_.map, full, dims * 128, token, page);
       }
     }
   }
 
-  // By all threads, row by row; zeros where there is none.
-  __device__ void copy(int n, std::int32_t slot) const {
-    const int buffer = n % 2;
-    const std::uint32_t phase = n / 2 % 2;
+  // By all lanes, row by row.
+  __device__ void copy(const LatentFwdTask& task, int block, std::int32_t slot) const {
     const std::uint8_t* own =
-        n < shared_.blocks ? shared_.keys.row(args_, key(n), slot).values : nullptr;
-    shared_.rows[buffer][row()] = own;
-    __syncwarp();
-    const bool lacks =
-        named_any<LatentFwdBarrier::kProducer, Config::kProducerThreads>(own == nullptr);
-    const int chunk = thread_ % 8, first_row = thread_ / 8;
-    const std::uint8_t* rows[kRows];
+        block < task.blocks ? task.keys.row(args_, key(task, block), slot).values : nullptr;
+    const Rows rows(address_of(own), lane_);
+    const bool is_valid = own != nullptr;
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) rows[i] = shared_.rows[buffer][first_row + i * kRowsAtOnce];
-    for (int part = 0; part < Config::kParts; ++part) {
-      ptx::Mbarrier& full = shared_.full[buffer][part];
-      ptx::mbarrier_wait(shared_.empty[buffer][part], phase ^ 1);
+    for (int i = 0; i < Config::kParts; ++i) {
+      const int part = Config::part_at(kPlace, i);
+      ptx::Mbarrier& full = shared_.full[kPlace][part];
+      ptx::mbarrier_wait(shared_.empty[kPlace][part], phase_ ^ 1);
+#pragma unroll
       for (int k = 0; k < Config::dim_blocks(part); ++k) {
-        const int block = Config::first_dim_block(part) + k;
-        const std::uint32_t to = ptx::shared_address(shared_.kv[buffer][block]) + first_row * 128 +
-                                 (chunk ^ first_row % 8) * 16;
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          ptx::cp_async_or_zeros<16>(to + i * kRowsAtOnce * 128, rows[i] + block * 128 + chunk * 16,
-                                     rows[i] != nullptr);
-        }
+        const int dims = Config::first_dim_block(part) + k;
+        rows.copy(to(shared_.kv[kPlace][dims]), dims);
       }
       ptx::mbarrier_arrive_after_cp_async(full);
       if (part == 0) {
-        shared_.valid[buffer][row()] = own != nullptr ? 1 : 0;
-        shared_.all_valid[buffer] = !lacks;
+        shared_.valid[kPlace][row()] = is_valid ? 1 : 0;
+        const bool lacks = __any_sync(~0u, !is_valid);
+        if (lane_ == 0) shared_.lacks[kPlace].by_warp[warp_] = lacks;
         __syncwarp();
-        if (thread_ % 32 == 0) ptx::mbarrier_arrive(full);
+        if (lane_ == 0) ptx::mbarrier_arrive(full);
       }
     }
   }
 
   SharedStorage& shared_;
   const AttentionArgs& args_;
-  const CUtensorMap& pages_;
-  const bool by_pages_;
-  const int thread_;
+  const LatentFwdPages& pages_;
+  const int warp_, lane_;
+  std::uint32_t phase_ = 0;
+  std::int32_t fetched_;  // for the next block
 };
 
 }  // namespace dsa::cuda::sm90a
