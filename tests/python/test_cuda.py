@@ -584,6 +584,18 @@ def test_dense_decode_with_missing_pages(name, page_size):
 
 
 @pytest.mark.usefixtures("attention_kernel")
+@pytest.mark.parametrize("page_size", [64, 128])
+def test_dense_decode_without_rope(page_size):
+    """More requests than SMs; whole pages, parts of pages and missing ones one after another."""
+    case = dense_case("bf16", DEVICE, lens=(700, 129, 300, 0) * 20, s_q=2, page_size=page_size)
+    for name in ("q", "k_cache"):
+        case[name] = case[name][..., :512].contiguous()
+    table = case["block_table"]
+    table[torch.rand(table.shape, device=DEVICE) < 0.2] = -1
+    check_gentle(case)
+
+
+@pytest.mark.usefixtures("attention_kernel")
 @pytest.mark.parametrize("name", FORMATS)
 def test_one_long_request(name):
     """Many splits of one row, in a dense and in a sparse call."""

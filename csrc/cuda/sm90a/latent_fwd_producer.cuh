@@ -182,10 +182,11 @@ class LatentFwdProducer {
     const int token = first - static_cast<int>(page_size.quotient(first) * page_size.divisor());
 #pragma unroll
     for (int i = 0; i < Config::kParts; ++i) {
-      if (i % kWarps != warp_) continue;
       const int part = Config::part_at(kPlace, i);
       ptx::Mbarrier& full = shared_.full[kPlace][part];
+      // The other warps' parts too: who waits in the next block may be one phase behind, not two.
       ptx::mbarrier_wait(shared_.empty[kPlace][part], phase_ ^ 1);
+      if (i % kWarps != warp_) continue;
       if (part == 0) shared_.lacks[kPlace].any = 0;
       ptx::mbarrier_arrive(full, Config::full_arrivals(part) - 1);
       ptx::mbarrier_arrive_expect(full, Config::dim_blocks(part) * Config::kBlockBytes);
