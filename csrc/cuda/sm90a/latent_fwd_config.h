@@ -86,8 +86,8 @@ struct LatentFwdConfig {
     // P [heads, tokens] of a block, swizzled, of the two in turn; at last 32 columns of each
     // warpgroup's output.
     alignas(1024) std::uint8_t p[kBlockBytes];
-    alignas(256) std::uint16_t ones[8][16];
-    std::uint8_t valid[2][kTokens];  // whether there is a token
+    alignas(256) std::uint16_t ones[8][16];  // a product with them sums P
+    std::uint8_t valid[2][kTokens];          // whether there is a token
     union {
       bool by_warp[kProducerThreads / 32];
       std::uint32_t any;
