@@ -223,8 +223,9 @@ class LatentFwdMath {
 
   // From the scores of this warpgroup's block to its part of the output.
   __device__ void attend_own(bool lets_go_other) {
-    softmax(lets_go_other);
+    softmax();
     publish_p();
+    finish_other(lets_go_other);
     if (moved_) rescale(factors_);
     multiply<kOwn>();
     finish<kOwn>();
@@ -294,7 +295,7 @@ class LatentFwdMath {
 
   // Scores -> P, in registers as operands of wgmma. Bases move where a score is far above. On the
   // way the other block's products are waited for; out_ is not to be touched before.
-  __device__ void softmax(bool lets_go_other) {
+  __device__ void softmax() {
     if (lacks_) {
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
@@ -327,7 +328,6 @@ class LatentFwdMath {
     moved_ = __any_sync(~0u, above);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      if (j == 4) finish_other(lets_go_other);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float p0 = exp2_approx(fmaf(scores_[4 * j + 2 * i], scale_log2_, -shift[i]));
