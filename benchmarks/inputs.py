@@ -42,6 +42,18 @@ def distinct(rows: int, n: int, k: int, device: torch.device) -> Tensor:
     return torch.cat(parts)
 
 
+def drifting(rows: int, n: int, k: int, shared: float, device: torch.device) -> Tensor:
+    """The same, of which a row has the share `shared`, or more, in common with the row before."""
+    each = n // k  # numbers that take turns in a place
+    tokens = torch.arange(k, device=device) * each + torch.randint(each, (k,), device=device)
+    chosen = torch.empty(rows, k, dtype=torch.int32, device=device)
+    for row in range(rows):
+        fresh = torch.arange(k, device=device) * each + torch.randint(each, (k,), device=device)
+        tokens = torch.where(torch.rand(k, device=device) < shared, tokens, fresh)
+        chosen[row] = tokens
+    return chosen
+
+
 def page_table(batch: int, n: int, device: torch.device) -> Tensor:
     """int32 [batch, ceil(n / PAGE)]: every page of a cache once, shuffled."""
     width = -(-n // PAGE)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import dsa_ext
 from benchmarks import checks, inputs, peers
@@ -22,6 +23,14 @@ _PADDED_HEADS = 64
 PADDED = "FlashMLA padded to h64"
 
 
+def _flash_mla_name(heads: int) -> str:
+    return "FlashMLA" if heads >= _PADDED_HEADS else PADDED
+
+
+def _padded(q: Tensor) -> Tensor:
+    return F.pad(q, (0, 0, 0, max(0, _PADDED_HEADS - q.shape[-2])))
+
+
 def sparse_prefill(
     d: int,
     heads: int,
@@ -30,11 +39,15 @@ def sparse_prefill(
     n: int,
     bars: tuple[Bar, ...] = (),
     quick: bool = False,
+    shared: float = 0.0,
 ) -> Case:
+    """`shared`: the share of its rows that a token has in common with the one before."""
+
     def make(device: torch.device) -> Work:
         q = inputs.bf16(s, heads, d, device=device)
         kv = inputs.bf16(n, 1, d, device=device)
-        indices = inputs.distinct(s, n, k, device).unsqueeze(1)
+        chosen = inputs.drifting(s, n, k, shared, device) if shared else None
+        indices = (inputs.distinct(s, n, k, device) if chosen is None else chosen).unsqueeze(1)
         scale = d**-0.5
         out = torch.empty(s, heads, D_V, dtype=q.dtype, device=device)
         peak = torch.empty(s, heads, device=device)
@@ -49,16 +62,19 @@ def sparse_prefill(
             checks.close("max_logits", peak[rows], expected_peak, checks.LOGITS)
             checks.close_lse(lse[rows], expected_lse)
 
+        def flash_mla() -> Call:
+            return peers.flash_mla().sparse_fwd(_padded(q), kv, indices, scale)
+
         return Work(
             run=lambda: dsa_ext.flash_mla_sparse_fwd(q, kv, indices, scale, out=(out, peak, lse)),
             check=check,
             flop=2.0 * s * heads * k * (d + D_V),
             bytes=2.0 * (q.numel() + kv.numel() + out.numel()) + 4.0 * indices.numel(),
-            peers={"FlashMLA": lambda: peers.flash_mla().sparse_fwd(q, kv, indices, scale)},
+            peers={_flash_mla_name(heads): flash_mla},
             reference=lambda: reference.flash_mla_sparse_fwd(q, kv, indices, scale),
         )
 
-    name = f"d{d} h{heads} k{k} s{s} n{n}"
+    name = f"d{d} h{heads} k{k} s{s} n{n}" + (f" shared{shared:.0%}" if shared else "")
     return Case("flash_mla_sparse_fwd", name, make, bars, quick)
 
 
@@ -84,8 +100,7 @@ def sparse_decode(
             checks.sparse_decode(out, lse, checks.some(batch, device), q, cache, indices)
 
         def flash_mla() -> Call:
-            padded = F.pad(q, (0, 0, 0, max(0, _PADDED_HEADS - heads)))
-            return peers.flash_mla().sparse_decode(padded, cache, indices)
+            return peers.flash_mla().sparse_decode(_padded(q), cache, indices)
 
         return Work(
             run=lambda: dsa_ext.flash_mla_with_kvcache(
@@ -102,7 +117,7 @@ def sparse_decode(
             flop=2.0 * batch * s_q * heads * k * (D_QK + D_V),
             bytes=(_C.MLA_V32["token_bytes"] + 4.0) * indices.numel()
             + 2.0 * (q.numel() + out.numel()),
-            peers={"FlashMLA" if heads >= _PADDED_HEADS else PADDED: flash_mla},
+            peers={_flash_mla_name(heads): flash_mla},
             reference=lambda: reference.flash_mla_with_kvcache(
                 q, cache, None, None, D_V, None, is_fp8_kvcache=True, indices=indices
             ),
@@ -286,6 +301,11 @@ def cuda_cases() -> Iterator[Case]:
         bars = _times_flash_mla(least)
         yield sparse_prefill(576, 128, 2048, 4096, n, bars, quick=n == 32768)
     yield sparse_prefill(576, 64, 2048, 4096, 32768, _times_flash_mla(1.1))
+    for heads in (32, 16, 8):
+        yield sparse_prefill(576, heads, 2048, 4096, 32768, (Bar(PADDED, 1.3),), heads == 16)
+    for heads in (32, 16):
+        bars = (Bar(PADDED, 1.8),)
+        yield sparse_prefill(576, heads, 2048, 4096, 32768, bars, shared=0.8)
     yield sparse_prefill(512, 64, 512, 4096, 32768, _times_flash_mla(1.12))
     yield sparse_prefill(512, 128, 1024, 4096, 32768, _times_flash_mla(1.1))
     for heads in (128, 64):

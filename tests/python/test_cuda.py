@@ -269,9 +269,10 @@ def test_sparse_fwd_head_counts(h_q):
 
 @pytest.mark.usefixtures("attention_kernel")
 @pytest.mark.parametrize("d_qk", [512, 576])
-def test_sparse_fwd_of_more_tokens_than_sms(d_qk):
+@pytest.mark.parametrize("h_q", [8, 16, 32, 64])
+def test_sparse_fwd_of_more_tokens_than_sms(h_q, d_qk):
     """Of all lengths up to three tiles, many of length 0, one without a valid slot."""
-    case = sparse_case(700, 64, d_qk, 512, 300, 300, BF16, DEVICE)
+    case = sparse_case(700, h_q, d_qk, 512, 300, 300, BF16, DEVICE)
     length = torch.randint(-100, 301, (700,)).clamp(min=0)
     check_sparse(case | {"topk_length": int32(length * (torch.rand(700) < 0.9), DEVICE)})
 

@@ -261,6 +261,78 @@ __device__ __forceinline__ void wgmma_16_bit(float (&d)[32], WgmmaDescriptor<128
 
 #undef DSA_WGMMA_64_64
 
+// d (+)= A B^T of f16 or bf16, B [N, 16] K-major in shared memory: 8, 16 or 32 columns. A [64, 16]
+// K-major there too, or [16, 64] by rows.
+#define DSA_WGMMA_SHARED(TYPE, N, D, A, B, ACCUMULATE, TRANSPOSED, ...)                    \
+  asm volatile(                                                                            \
+      "{\n"                                                                                \
+      ".reg .pred accumulate;\n"                                                           \
+      "setp.ne.b32 accumulate, " ACCUMULATE                                                \
+      ", 0;\n"                                                                             \
+      "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" D "}, " A ", " B \
+      ", accumulate, 1, 1, " TRANSPOSED                                                    \
+      ", 0;\n"                                                                             \
+      "}"                                                                                  \
+      : __VA_ARGS__                                                                        \
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(kTransposed)))
+
+template <typename Element, bool kTransposed>
+__device__ __forceinline__ void wgmma_shared(float (&d)[4], std::uint64_t a, std::uint64_t b,
+                                             bool accumulate) {
+  if constexpr (std::is_same_v<Element, __half>) {
+    DSA_WGMMA_SHARED("f16", "8", "%0, %1, %2, %3", "%4", "%5", "%6", "%7", "+f"(d[0]), "+f"(d[1]),
+                     "+f"(d[2]), "+f"(d[3]));
+  } else {
+    DSA_WGMMA_SHARED("bf16", "8", "%0, %1, %2, %3", "%4", "%5", "%6", "%7", "+f"(d[0]), "+f"(d[1]),
+                     "+f"(d[2]), "+f"(d[3]));
+  }
+}
+
+template <typename Element, bool kTransposed>
+__device__ __forceinline__ void wgmma_shared(float (&d)[8], std::uint64_t a, std::uint64_t b,
+                                             bool accumulate) {
+  if constexpr (std::is_same_v<Element, __half>) {
+    DSA_WGMMA_SHARED("f16", "16", "%0, %1, %2, %3, %4, %5, %6, %7", "%8", "%9", "%10", "%11",
+                     "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
+                     "+f"(d[6]), "+f"(d[7]));
+  } else {
+    DSA_WGMMA_SHARED("bf16", "16", "%0, %1, %2, %3, %4, %5, %6, %7", "%8", "%9", "%10", "%11",
+                     "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
+                     "+f"(d[6]), "+f"(d[7]));
+  }
+}
+
+template <typename Element, bool kTransposed>
+__device__ __forceinline__ void wgmma_shared(float (&d)[16], std::uint64_t a, std::uint64_t b,
+                                             bool accumulate) {
+  if constexpr (std::is_same_v<Element, __half>) {
+    DSA_WGMMA_SHARED("f16", "32",
+                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15", "%16",
+                     "%17", "%18", "%19", "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]),
+                     "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]),
+                     "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]));
+  } else {
+    DSA_WGMMA_SHARED("bf16", "32",
+                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15", "%16",
+                     "%17", "%18", "%19", "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]),
+                     "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]),
+                     "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]));
+  }
+}
+
+#undef DSA_WGMMA_SHARED
+
+template <typename Element, int kRegisters>
+__device__ __forceinline__ void wgmma_few(float (&d)[kRegisters], WgmmaDescriptor<128> a,
+                                          WgmmaDescriptor<128> b, bool accumulate) {
+  wgmma_shared<Element, false>(d, a.bits(), b.bits(), accumulate);
+}
+template <typename Element, int kRegisters>
+__device__ __forceinline__ void wgmma_few(float (&d)[kRegisters], WgmmaRowsDescriptor a,
+                                          WgmmaDescriptor<128> b, bool accumulate) {
+  wgmma_shared<Element, true>(d, a.bits(), b.bits(), accumulate);
+}
+
 // d += A B of f16 or bf16, B [16, 128] by rows in shared memory; A [64, 16] K-major in shared
 // memory, or from registers as above.
 #define DSA_WGMMA_64_128(TYPE, A, B, ...)                                                          \

@@ -14,12 +14,12 @@ namespace dsa::cuda {
 
 namespace {
 
-constexpr int kHeads = 64, kTileTokens = 128, kDimV = 512, kRope = 64;
+constexpr int kMostHeads = 64, kFewestHeads = 8, kBlockTokens = 64, kDimV = 512, kRope = 64;
 
 template <typename Config>
 Status launch_rows(const AttentionArgs& args, const sm90a::LatentFwdPages& pages, std::int64_t rows,
                    const Launch& where) {
-  static_assert(Config::kHeads == kHeads && 2 * Config::kTokens == kTileTokens);
+  static_assert(Config::kTokens == kBlockTokens);
   const std::int64_t tiles = rows * ceil_div(args.num_heads, Config::kHeads);
   const std::int64_t works = tiles * args.num_splits;
   const std::int64_t num_sms = std::max(device_limits(where.device).num_sms, 1);
@@ -29,8 +29,6 @@ Status launch_rows(const AttentionArgs& args, const sm90a::LatentFwdPages& pages
       sizeof(typename Config::SharedStorage), args, pages,
       sm90a::LatentFwdGrid{static_cast<unsigned>(tiles), static_cast<unsigned>(works)});
 }
-
-constexpr int kBlockTokens = kTileTokens / 2;
 
 // Whether a dense cache's pages are whole blocks that the copy engine takes.
 bool make_page_map(const TensorView& cache, CUtensorMap& map) {
@@ -48,16 +46,25 @@ bool make_page_map(const TensorView& cache, CUtensorMap& map) {
              .ok();
 }
 
-// use(Config{}) of q's dtype and dimension.
+// use(Config{}) of the fewest heads that have all in one tile, or of 64.
+template <typename Element, int kRope, typename Use>
+auto with_heads(std::int64_t heads, Use&& use) {
+  if (heads <= kFewestHeads) return use(sm90a::LatentFwdConfig<Element, kRope, kFewestHeads>{});
+  if (heads <= 16) return use(sm90a::LatentFwdConfig<Element, kRope, 16>{});
+  if (heads <= 32) return use(sm90a::LatentFwdConfig<Element, kRope, 32>{});
+  return use(sm90a::LatentFwdConfig<Element, kRope, kMostHeads>{});
+}
+
+// Also of q's dtype and dimension.
 template <typename Use>
 auto with_config(const TensorView& q, Use&& use) {
+  const std::int64_t heads = q.size(-2);
   const bool has_rope = q.size(-1) == kDimV + kRope;
   if (q.dtype == DType::kFloat16) {
-    return has_rope ? use(sm90a::LatentFwdConfig<__half, kRope>{})
-                    : use(sm90a::LatentFwdConfig<__half, 0>{});
+    return has_rope ? with_heads<__half, kRope>(heads, use) : with_heads<__half, 0>(heads, use);
   }
-  return has_rope ? use(sm90a::LatentFwdConfig<__nv_bfloat16, kRope>{})
-                  : use(sm90a::LatentFwdConfig<__nv_bfloat16, 0>{});
+  return has_rope ? with_heads<__nv_bfloat16, kRope>(heads, use)
+                  : with_heads<__nv_bfloat16, 0>(heads, use);
 }
 
 // keys: of a row, at most.
@@ -74,10 +81,15 @@ Support takes(const Params& p, std::int64_t d_v, std::int64_t rows, std::int64_t
   for (const SlotList& list : args.lists) {
     if (!list.rows.aligned) return {"latents on 16 bytes"};
   }
-  return attention_sizes(rows, q.size(-2), keys, kHeads);
+  return attention_sizes(rows, q.size(-2), keys, kFewestHeads);
 }
 
-SplitPlan plan_of(const KvCacheFwdParams& p) { return plan_splits(p, {kHeads, kTileTokens, 1}); }
+// A work's tile is a block for each of its producers.
+template <typename Config>
+SplitPlan plan_of(const KvCacheFwdParams& p) {
+  constexpr int kWorkers = Config::kWorkers;
+  return plan_splits(p, {Config::kHeads, 2 / kWorkers * kBlockTokens, kWorkers});
+}
 
 }  // namespace
 
@@ -103,7 +115,8 @@ Support sm90a_latent_kvcache_fwd_takes(const KvCacheFwdParams& p) {
 }
 
 std::int64_t sm90a_latent_kvcache_fwd_workspace_bytes(const KvCacheFwdParams& p) {
-  return plan_of(p).workspace_bytes(p);
+  return with_config(p.q,
+                     [&](auto config) { return plan_of<decltype(config)>(p).workspace_bytes(p); });
 }
 
 Status sm90a_latent_kvcache_fwd(const KvCacheFwdParams& p) {
@@ -111,7 +124,7 @@ Status sm90a_latent_kvcache_fwd(const KvCacheFwdParams& p) {
   sm90a::LatentFwdPages pages{};
   pages.are_blocks = !p.indices.defined() && make_page_map(p.k_cache, pages.map);
   return with_config(p.q, [&](auto config) {
-    return run_splits(p, plan_of(p),
+    return run_splits(p, plan_of<decltype(config)>(p),
                       [&](const AttentionArgs& args, std::int64_t rows, const Launch& where) {
                         return launch_rows<decltype(config)>(args, pages, rows, where);
                       });

@@ -83,9 +83,9 @@ class LatentFwdMath {
     for (int i = 0; i < 2; ++i) {
       sums[i] = quad_sum(sums_[i]);
       if (kOwn == 1 && lane_ % 4 == 0) {
-        shared_.sums[row(i)] = sums[i];
-        shared_.weights[row(i)] = weights_[2 * i];
-        shared_.maxima[row(i)] = maxima_[i];
+        shared_.math.sums[row(i)] = sums[i];
+        shared_.math.weights[row(i)] = weights_[2 * i];
+        shared_.math.maxima[row(i)] = maxima_[i];
       }
     }
     named_sync<LatentFwdBarrier::kMath, Config::kMathThreads>();
@@ -93,16 +93,16 @@ class LatentFwdMath {
       const bool second = lane_ % 2 != 0;
       const auto mine = [&](float x, float y) { return second ? y : x; };
       const int head = row(second ? 1 : 0);
-      shared_.out_factor[head] =
-          use(head, HeadResult(mine(sums[0], sums[1]) + shared_.sums[head],
-                               mine(weights_[0], weights_[2]) + shared_.weights[head],
+      shared_.math.out_factor[head] =
+          use(head, HeadResult(mine(sums[0], sums[1]) + shared_.math.sums[head],
+                               mine(weights_[0], weights_[2]) + shared_.math.weights[head],
                                mine(bases_[0], bases_[1]),
-                               fmaxf(mine(maxima_[0], maxima_[1]), shared_.maxima[head])));
+                               fmaxf(mine(maxima_[0], maxima_[1]), shared_.math.maxima[head])));
     }
     __syncwarp();
     named_sync<LatentFwdBarrier::kMath, Config::kMathThreads>();
 #pragma unroll
-    for (int i = 0; i < 2; ++i) factors_[i] = shared_.out_factor[row(i)];
+    for (int i = 0; i < 2; ++i) factors_[i] = shared_.math.out_factor[row(i)];
     if (factors_[0] == 0.0f || factors_[1] == 0.0f) {  // whatever was summed
 #pragma unroll
       for (int i = 0; i < Config::kHalf / 2; ++i) {
@@ -130,7 +130,7 @@ class LatentFwdMath {
   // shared memory, where a warp's 16 rows are its own.
   __device__ void store(std::uint16_t* out, std::int64_t stride, int heads) const {
     constexpr int kColumns = 32, kRowBytes = 2 * kColumns;
-    std::uint8_t* staged = shared_.p + (4 * kOwn + warp_) * 16 * kRowBytes;
+    std::uint8_t* staged = shared_.p[0] + (4 * kOwn + warp_) * 16 * kRowBytes;
     const auto address = [&](int r, int chunk) {
       return staged + r * kRowBytes + (chunk ^ r / 2 % 4) * 16;
     };
@@ -161,6 +161,11 @@ class LatentFwdMath {
       }
       __syncwarp();
     }
+  }
+
+  // After the last store of a work.
+  __device__ void end(bool is_last) const {
+    if (kOwn == 1 && !is_last) named_arrive<LatentFwdBarrier::kStored, Config::kMathThreads>();
   }
 
  private:
@@ -208,7 +213,7 @@ class LatentFwdMath {
 
   __device__ void let_go_q() {
     __syncwarp();
-    if (lane_ == 0) ptx::mbarrier_arrive(shared_.empty_q);
+    if (lane_ == 0) ptx::mbarrier_arrive(shared_.empty_q[0]);
   }
 
   __device__ void let_go(int block, int part) {
@@ -217,8 +222,8 @@ class LatentFwdMath {
   }
 
   __device__ void wait_for_q(std::uint32_t n) {
-    ptx::mbarrier_wait(shared_.full_q, n % 2);
-    tiles_ = shared_.tiles;
+    ptx::mbarrier_wait(shared_.full_q[0], n % 2);
+    tiles_ = shared_.blocks[0];
   }
 
   // From the scores of this warpgroup's block to its part of the output.
@@ -235,7 +240,7 @@ class LatentFwdMath {
   // assembler would have products on their way wait for each other if they were issued by a branch.
   template <int kFirst, int kEnd>
   __device__ void issue_qk(bool is_there) {
-    const ptx::WgmmaDescriptor<128> q(shared_.q[0]), k(shared_.kv[kOwn][0]);
+    const ptx::WgmmaDescriptor<128> q(shared_.q[0][0]), k(shared_.kv[kOwn][0]);
 #pragma unroll
     for (int n = kFirst; n < kEnd; ++n) {
       const int part = Config::part_at(kOwn, n);
@@ -343,14 +348,14 @@ class LatentFwdMath {
     if (lane_ % 4 == 0) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        shared_.bases[kOwn][row(i)] = bases_[i];
-        shared_.factors[kOwn][row(i)] = factors_[i];
+        shared_.math.bases[kOwn][row(i)] = bases_[i];
+        shared_.math.factors[kOwn][row(i)] = factors_[i];
       }
     }
-    if (lane_ == 0) shared_.moved[kOwn][warp_] = moved_;
+    if (lane_ == 0) shared_.math.moved[kOwn][warp_] = moved_;
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      ptx::stmatrix_x4(matrix_address(shared_.p, 2 * step), p_[step]);
+      ptx::stmatrix_x4(matrix_address(shared_.p[0], 2 * step), p_[step]);
     }
     named_arrive<LatentFwdBarrier::kFullP + kOwn, Config::kMathThreads>();
   }
@@ -362,16 +367,16 @@ class LatentFwdMath {
     named_sync<LatentFwdBarrier::kFullP + kOther, Config::kMathThreads>();
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      ptx::ldmatrix_x4(p_[step], matrix_address(shared_.p, 2 * step));
+      ptx::ldmatrix_x4(p_[step], matrix_address(shared_.p[0], 2 * step));
     }
     float factors[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      bases_[i] = shared_.bases[kOther][row(i)];
-      factors[i] = shared_.factors[kOther][row(i)];
+      bases_[i] = shared_.math.bases[kOther][row(i)];
+      factors[i] = shared_.math.factors[kOther][row(i)];
       sums_[i] *= factors[i];
     }
-    if (shared_.moved[kOther][warp_]) {
+    if (shared_.math.moved[kOther][warp_]) {
       ptx::wgmma_wait<0>();  // scores may be on their way, and would be waited for on both ways
       rescale(factors);
     }
@@ -394,7 +399,7 @@ class LatentFwdMath {
   template <int kBlock>
   __device__ void multiply() {
     const ptx::WgmmaRowsDescriptor v = values(kBlock);
-    const ptx::WgmmaDescriptor<32> ones(shared_.ones);
+    const ptx::WgmmaDescriptor<32> ones(shared_.math.ones);
     ptx::wgmma_fence();
     if constexpr (kBlock == kOwn) {
 #pragma unroll

@@ -37,8 +37,9 @@ __device__ void find_latent_task(const AttentionArgs& args, const LatentFwdWork&
   task.blocks = share.count;
 }
 
-// Of the blocks that take turns in one place of shared memory; the second one also loads q. A warp
-// copies 16 rows, each of which a lane has looked up: a lane 16 of each 128 bytes of four of them.
+// Of the blocks that take turns in one place of shared memory: all of a work's with few heads, else
+// every other one. One of a work's producers also loads q. A warp copies 16 rows, each of which a
+// lane has looked up: a lane 16 of each 128 bytes of four of them.
 template <typename Config, int kPlace>
 class LatentFwdProducer {
  public:
@@ -51,31 +52,34 @@ class LatentFwdProducer {
   // All of this CTA's work, of which the first task is there. The next one is found out before the
   // rows of one are copied.
   __device__ void run(const LatentFwdGrid& grid) {
-    fetched_ = fetch(task(0), kPlace);
-    for (unsigned n = 0; grid.has(n); ++n) {
-      if (kPlace == 1) load_q(n);
-      if (grid.has(n + 1)) prepare(grid.work(n + 1), n + 1);
-      run(n, grid.has(n + 1));
+    const typename Config::template Turns<kPlace> turns(grid);
+    if (turns.has(0)) fetched_ = fetch(task(0), kFirst);
+    for (unsigned n = 0; turns.has(n); ++n) {
+      if (Config::kFew || kPlace == 1) load_q(n);
+      if (turns.has(n + 1)) prepare(turns.work(n + 1), n + 1);
+      run(n, turns.has(n + 1));
     }
   }
 
  private:
   __device__ LatentFwdTask& task(unsigned n) const { return shared_.tasks[kPlace][n % 2]; }
 
-  // Tiles have two blocks, of which the last may have no tokens.
+  static constexpr int kWorker = Config::worker_of(kPlace);
+  // A work's blocks here. With two producers the last may have no tokens.
+  static constexpr int kFirst = Config::kFew ? 0 : kPlace, kStep = Config::kFew ? 1 : 2;
   __device__ static bool is_of(const LatentFwdTask& task, int block) {
-    return block < task.blocks + kPlace;
+    return block < task.blocks + kFirst;
   }
 
   // The rows of the n-th piece of work.
   __device__ void run(unsigned n, bool has_next) {
-    if (task(n).blocks == 0 && has_next) fetched_ = fetch(task(n + 1), kPlace);
-    for (int block = kPlace; is_of(task(n), block); block += 2) {
+    if (task(n).blocks == 0 && has_next) fetched_ = fetch(task(n + 1), kFirst);
+    for (int block = kFirst; is_of(task(n), block); block += kStep) {
       const std::int32_t slot = fetched_;
-      if (is_of(task(n), block + 2)) {
-        fetched_ = fetch(task(n), block + 2);
+      if (is_of(task(n), block + kStep)) {
+        fetched_ = fetch(task(n), block + kStep);
       } else if (has_next) {
-        fetched_ = fetch(task(n + 1), kPlace);
+        fetched_ = fetch(task(n + 1), kFirst);
       }
       if (is_whole(task(n), block, slot)) {
         if (ptx::elect_one()) load(task(n), block, slot);
@@ -107,17 +111,17 @@ class LatentFwdProducer {
         args_.q + at.b * args_.q_stride_b + at.j * args_.q_stride_j +
         (at.first_head + row()) * args_.q_stride_h);
     const std::uint64_t own = address_of(row() < at.heads ? q : nullptr);
-    ptx::mbarrier_wait(shared_.empty_q, n % 2 ^ 1);
+    ptx::mbarrier_wait(shared_.empty_q[kWorker], n % 2 ^ 1);
     const Rows rows(own, lane_);
 #pragma unroll
     for (int dims = 0; dims < Config::kDimBlocks; ++dims) {
-      rows.copy(to(shared_.q[dims]), dims);
+      rows.template copy<Config::kHeads>(to(shared_.q[kWorker][dims]), dims, first_row());
     }
-    ptx::mbarrier_arrive_after_cp_async(shared_.full_q);
+    ptx::mbarrier_arrive_after_cp_async(shared_.full_q[kWorker]);
     if (warp_ == 0 && lane_ == 0) {
-      shared_.places[n % 2] = at;
-      shared_.tiles = (task(n).blocks + 1) / 2;
-      ptx::mbarrier_arrive(shared_.full_q);
+      shared_.places[kWorker][n % 2] = at;
+      shared_.blocks[kWorker] = (task(n).blocks + kStep - 1) / kStep;
+      ptx::mbarrier_arrive(shared_.full_q[kWorker]);
     }
     __syncwarp();
   }
@@ -141,9 +145,9 @@ class LatentFwdProducer {
 
   // Where in 64 dims of a block, [tokens, 128 bytes] swizzled, this lane's first row has its chunk.
   __device__ std::uint32_t to(const std::uint8_t* dims) const {
-    const int first_row = kRows * warp_ + lane_ / 8;
-    return ptx::shared_address(dims) + first_row * 128 + (lane_ % 8 ^ first_row % 8) * 16;
+    return ptx::shared_address(dims) + first_row() * 128 + (lane_ % 8 ^ first_row() % 8) * 16;
   }
+  __device__ int first_row() const { return kRows * warp_ + lane_ / 8; }
 
   // The rows that a lane copies chunks of.
   class Rows {
@@ -157,9 +161,12 @@ class LatentFwdProducer {
             lane % 8 * 16;
       }
     }
-    __device__ void copy(std::uint32_t to, int dims) const {
+    // Those of the first kEnd.
+    template <int kEnd = Config::kTokens>
+    __device__ void copy(std::uint32_t to, int dims, int first_row = 0) const {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
+        if (kEnd < (i + 1) * kRowsApart && first_row + i * kRowsApart >= kEnd) continue;
         ptx::cp_async<16>(to + i * kRowsApart * 128, from_[i] + dims * 128);
       }
     }
