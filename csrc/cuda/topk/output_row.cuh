@@ -261,7 +261,7 @@ __device__ void for_each_column(int count, Columns columns, LookUp&& look_up, Pu
   }
 }
 
-// A row of a page table for tokens of 31 bits, `base` and a column.
+// A row of a page table for tokens of 31 bits, `base` and a column, and pages of up to 2^30 tokens.
 struct SmallTokens {
   const std::int32_t* entries;
   std::uint32_t width;
@@ -278,22 +278,24 @@ struct SmallTokens {
     width = static_cast<std::uint32_t>(std::min<std::int64_t>(pages.width, 1u << 31));
   }
   static __device__ bool are(const TopkTask& task, std::int64_t base) {
-    return base >= 0 && base + task.columns <= std::int64_t{1} << 31;
+    return base >= 0 && base + task.columns <= std::int64_t{1} << 31 &&
+           task.page_size.divisor() <= 1u << 30;
   }
 
   struct Place {
-    std::uint32_t token, page, entry;
+    std::uint32_t entry, offset;
   };
   __device__ Place place(std::uint32_t column) const {
     const std::uint32_t token = base + column;
     const std::uint32_t page = page_size.quotient(token);
-    return {token, page, page < width ? static_cast<std::uint32_t>(__ldg(entries + page)) : ~0u};
+    return {page < width ? static_cast<std::uint32_t>(__ldg(entries + page)) : ~0u,
+            token - page * page_size.divisor()};
   }
+  // Past the last entry all are from 2^31 to 2^32 - 1, which are negative.
   __device__ std::int32_t slot(const Place& at) const {
-    // Up to last_entry slots have 32 bits.
-    const auto slot =
-        static_cast<std::int32_t>((at.entry - at.page) * page_size.divisor() + at.token);
-    return at.entry <= last_entry && slot >= 0 ? slot : static_cast<std::int32_t>(kInvalidSlot);
+    static_assert(kInvalidSlot == -1);
+    const std::uint32_t entry = std::min(at.entry, last_entry + 1);
+    return std::max(static_cast<std::int32_t>(entry * page_size.divisor() + at.offset), -1);
   }
 };
 
