@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
+import math
 import os
 import random
 
@@ -219,7 +220,7 @@ def check_batch_invariance(case, batched):
         assert_all_same_bits(got, [t[rows] for t in whole])
 
 
-@pytest.mark.parametrize("h_q", [1, 8, 16, 64, 128])
+@pytest.mark.parametrize("h_q", [1, 8, 16, 24, 64, 128])
 @pytest.mark.parametrize("name", FORMATS)
 def test_sparse_decode_is_batch_invariant(name, h_q):
     case = cache_case(
@@ -229,7 +230,7 @@ def test_sparse_decode_is_batch_invariant(name, h_q):
     check_batch_invariance(case, batched)
 
 
-@pytest.mark.parametrize("h_q", [1, 8, 16, 64, 128])
+@pytest.mark.parametrize("h_q", [1, 8, 16, 24, 64, 128])
 @pytest.mark.parametrize("name", FORMATS)
 def test_dense_decode_is_batch_invariant(name, h_q):
     lens = [3000, 0, 1, -5, *torch.randint(1, 1500, (60,)).tolist()]
@@ -269,12 +270,70 @@ def test_sparse_fwd_head_counts(h_q):
 
 @pytest.mark.usefixtures("attention_kernel")
 @pytest.mark.parametrize("d_qk", [512, 576])
-@pytest.mark.parametrize("h_q", [8, 16, 32, 64])
+@pytest.mark.parametrize("h_q", [5, 8, 16, 20, 32, 64])
 def test_sparse_fwd_of_more_tokens_than_sms(h_q, d_qk):
     """Of all lengths up to three tiles, many of length 0, one without a valid slot."""
-    case = sparse_case(700, h_q, d_qk, 512, 300, 300, BF16, DEVICE)
+    dtype = BF16 if d_qk == 576 else FP16
+    case = sparse_case(700, h_q, d_qk, 512, 300, 300, dtype, DEVICE, sink=True)
     length = torch.randint(-100, 301, (700,)).clamp(min=0)
     check_sparse(case | {"topk_length": int32(length * (torch.rand(700) < 0.9), DEVICE)})
+
+
+@pytest.mark.usefixtures("attention_kernel")
+@pytest.mark.parametrize("h_q", [8, 16, 32, 64])
+def test_sparse_fwd_of_about_as_many_tokens_as_sms(h_q):
+    """Rows are worked on beside different ones, and by different warps: their bits are the same."""
+    sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    case = sparse_case(2 * sms + 1, h_q, 576, 512, 300, 200, BF16, DEVICE, sink=True)
+    whole = check_sparse(case)
+    for rows in (slice(sms), slice(sms + 1), slice(2 * sms), slice(sms, None), slice(7, 8)):
+        some = case | {name: case[name][rows] for name in ("q", "indices")}
+        assert_all_same_bits(dsa_ext.flash_mla_sparse_fwd(**some), [t[rows] for t in whole])
+
+
+@pytest.mark.usefixtures("attention_kernel")
+@pytest.mark.parametrize("h_q", [5, 8, 16, 24, 32, 64])
+@pytest.mark.parametrize(("d_qk", "dtype"), [(576, BF16), (512, FP16)], ids=str)
+def test_scores_that_rise(h_q, d_qk, dtype):
+    """From block to block by powers of two, of some heads, up to 2^40; of some in the last only."""
+    case = sparse_case(3, h_q, d_qk, 512, 1000, 450, dtype, DEVICE, sink=True)
+    case["kv"].copy_(torch.randn(case["kv"].shape))
+    case["kv"][:, 0, 3] = torch.arange(1000, device=DEVICE) // 64
+    case["kv"][:, 0, 4] = (torch.arange(1000, device=DEVICE) >= 990).float()
+    rises = torch.tensor(
+        [[9.5, 0.0], [-9.5, 0.0], [0.0, 30.0], [40.0, 0.0], [0.0, 0.0], [1.0, 9.0]]
+    )
+    by_head = rises.repeat(h_q, 1)[:h_q].to(DEVICE) / (case["sm_scale"] * math.log2(math.e))
+    case["q"][..., 3:5] = by_head.to(dtype)
+    case["indices"].copy_(case["indices"].sort(-1).values)
+    check_sparse(case)
+    case["indices"].copy_(case["indices"].flip(-1))
+    check_sparse(case)
+    decode = {
+        "q": case["q"][:, None],
+        "k_cache": case["kv"][None],
+        "block_table": None,
+        "cache_seqlens": None,
+        "head_dim_v": 512,
+        "tile_scheduler_metadata": None,
+        "indices": case["indices"],
+        "softmax_scale": case["sm_scale"],
+    }
+    check_cache(decode)
+
+
+@pytest.mark.usefixtures("attention_kernel")
+@pytest.mark.parametrize("h_q", [5, 16, 32, 64])
+@pytest.mark.parametrize("at", [3, 130, 290])
+@pytest.mark.parametrize("value", [float("nan"), INF, -INF])
+def test_values_that_are_not_finite_in_some_block(h_q, at, value):
+    case = sparse_case(4, h_q, 576, 512, 500, 300, BF16, DEVICE, sink=True)
+    case["indices"][2, 0, at] = 11
+    case["indices"][3, 0, :100] = -1
+    case["kv"][11] = 1.0
+    case["kv"][11, 0, 7] = value
+    case["q"][2, 1, 7] = 0.0
+    check_sparse(case)
 
 
 @pytest.mark.usefixtures("attention_kernel")
@@ -285,7 +344,7 @@ def test_sparse_fwd_of_a_scale_not_above_0(sm_scale):
 
 @pytest.mark.usefixtures("attention_kernel")
 @pytest.mark.parametrize("topk", [1, 7, 63, 64, 65, 200, 2048])
-@pytest.mark.parametrize("h_q", [1, 16, 128])
+@pytest.mark.parametrize("h_q", [1, 16, 20, 32, 128])
 def test_sparse_fwd_candidates(h_q, topk):
     check_sparse(sparse_case(4, h_q, 576, 512, 3000, topk, BF16, DEVICE, lengths=True))
 
@@ -571,10 +630,12 @@ def test_dense_decode_over_odd_caches():
 
 @pytest.mark.usefixtures("attention_kernel")
 @pytest.mark.parametrize("page_size", [32, 64, 128, 256])
+@pytest.mark.parametrize("h_q", [8, 16, 32, 64])
 @pytest.mark.parametrize("name", FORMATS)
-def test_dense_decode_with_missing_pages(name, page_size):
+def test_dense_decode_with_missing_pages(name, h_q, page_size):
     """Pages that are not there before, between and after others, also many in a row."""
     case = dense_case(name, DEVICE, lens=(1500, 900, 300), s_q=2, page_size=page_size)
+    case["q"] = torch.randn(3, 2, h_q, FORMATS[name].d_qk, device=DEVICE).to(case["q"].dtype)
     table = case["block_table"]
     missing = torch.rand(table.shape, device=DEVICE) < 0.4
     missing[1, : 512 // page_size] = True
@@ -585,10 +646,12 @@ def test_dense_decode_with_missing_pages(name, page_size):
 
 
 @pytest.mark.usefixtures("attention_kernel")
+@pytest.mark.parametrize("h_q", [8, 16, 32, 64])
 @pytest.mark.parametrize("page_size", [64, 128])
-def test_dense_decode_without_rope(page_size):
+def test_dense_decode_without_rope(h_q, page_size):
     """More requests than SMs; whole pages, parts of pages and missing ones one after another."""
-    case = dense_case("bf16", DEVICE, lens=(700, 129, 300, 0) * 20, s_q=2, page_size=page_size)
+    case = dense_case("bf16", DEVICE, lens=(700, 129, 300, 0) * 40, s_q=2, page_size=page_size)
+    case["q"] = torch.randn(160, 2, h_q, 576, device=DEVICE).to(BF16)
     for name in ("q", "k_cache"):
         case[name] = case[name][..., :512].contiguous()
     table = case["block_table"]

@@ -53,10 +53,10 @@ struct TileShare {
   }
 };
 
-// Stores the statistics of head `head` of the tile; the factor of its output.
+// Stores the statistics of head `head` of the tile; the factor of its output, or kZeroOutput.
 __device__ __forceinline__ float store_head(const AttentionArgs& args, const AttentionPlace& at,
                                             int head, const HeadResult& result) {
-  const float factor = result.empty ? 0.0f : result.factor();
+  const float factor = result.factor();
   if (args.num_splits > 1) {
     args.partial_lse[at.partial + head] = result.lse2;
     return factor;

@@ -15,7 +15,7 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// The factor of an output that is 0 whatever was accumulated.
+// The factor of an output that is 0 whatever was accumulated; others are not below 0.
 inline constexpr float kZeroOutput = -1.0f;
 
 // What a head's statistics mean for its output.

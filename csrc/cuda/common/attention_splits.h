@@ -20,7 +20,7 @@ Status attention_combine(const AttentionArgs& args, std::int64_t rows, DType out
 struct AttentionCta {
   int heads;   // of a tile
   int tokens;  // of a tile
-  int per_sm;  // CTAs of an SM
+  int per_sm;  // how many an SM has at a time
 };
 
 struct SplitPlan {

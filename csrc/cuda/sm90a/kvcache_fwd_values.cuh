@@ -85,7 +85,7 @@ class KvCacheFwdValues {
 #pragma unroll
       for (int i = 0; i < kTurns; ++i) {
 #pragma unroll
-        for (float& y : x[i]) y = factor == 0.0f ? 0.0f : y * factor;  // whatever was summed
+        for (float& y : x[i]) y = factor < 0.0f ? 0.0f : y * factor;  // whatever was summed
         store_16_bytes(to + 32 * i * kCount, x[i], aligned);
       }
     }

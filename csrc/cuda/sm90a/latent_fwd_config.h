@@ -62,7 +62,7 @@ struct LatentFwdConfig {
   static constexpr int worker_of(int place) { return kFew ? place : 0; }
   template <int kPlace>
   using Turns = LatentFwdTurns<kWorkers, worker_of(kPlace)>;
-  static constexpr int kTokens = 64;  // of a block, of which a tile has two
+  static constexpr int kTokens = 64;  // of a block; a tile of 64 heads has two
   static constexpr int kDimV = 512;
   static constexpr int kRope = kRope_;
   static constexpr int kHalf = kDimV / 2;  // dims of the output, of a warpgroup

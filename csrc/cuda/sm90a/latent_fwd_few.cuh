@@ -15,8 +15,8 @@
 
 namespace dsa::cuda::sm90a {
 
-// S^T [64 tokens, heads] = K Q^T; out^T [512, heads] += V^T P^T. A thread has a quarter of the heads,
-// of each two tokens and 16 dims. kOwn: the worker, and its place.
+// S^T [64 tokens, heads] = K Q^T; out^T [512, heads] += V^T P^T. A thread has a quarter of the
+// heads, of each two tokens and 16 dims. kOwn: the worker, and its place.
 template <typename Config, int kOwn>
 class LatentFwdFew {
  public:
@@ -76,7 +76,7 @@ class LatentFwdFew {
 #pragma unroll
         for (int k = 0; k < 4; k += 2) {
           float& x = tile[i / 2 * 4 + i % 2 + k];
-          x = factor == 0.0f ? 0.0f : x * factor;  // whatever was summed
+          x = factor < 0.0f ? 0.0f : x * factor;  // whatever was summed
         }
       }
     }

@@ -23,13 +23,14 @@
 // Warpgroups 0 and 2, 1 and 3: two workers, that have work for themselves. The first of each has
 //            the mathematics, the second is its producer, as above.
 // Registers  216, with 32 heads 128 of the output's sums and 16 scores; producers 40.
-// Shared     for 32 heads q 2 x 36 KiB; a block of 72 KiB each; P^T 2 x 4 KiB.
+// Shared     for 32 heads q 2 x 36 KiB; a block of 72 KiB each; P [heads, tokens] 2 x 4 KiB.
 //
 // Barriers   full, empty: of each block's parts, 128 dims of the values or RoPE. full_q, empty_q.
 //            64 heads: bar.sync 1: both of the mathematics' warpgroups, at the end. 2 and 3: P and
 //            bases of a block are there. 4: 1 has stored. Few heads: 2 and 3: the mathematics of a
 //            worker. 5 and 6: a producer's.
-// Grid       as many CTAs as SMs; they take query tokens, blocks of heads and splits in turns.
+// Grid       as many CTAs as SMs; they, or their workers, take query tokens, blocks of heads and
+//            splits in turns.
 #pragma once
 
 #include <cuda.h>

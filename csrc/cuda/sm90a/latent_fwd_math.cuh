@@ -103,10 +103,10 @@ class LatentFwdMath {
     named_sync<LatentFwdBarrier::kMath, Config::kMathThreads>();
 #pragma unroll
     for (int i = 0; i < 2; ++i) factors_[i] = shared_.math.out_factor[row(i)];
-    if (factors_[0] == 0.0f || factors_[1] == 0.0f) {  // whatever was summed
+    if (factors_[0] < 0.0f || factors_[1] < 0.0f) {  // whatever was summed
 #pragma unroll
       for (int i = 0; i < Config::kHalf / 2; ++i) {
-        if (factors_[i / 2 % 2] == 0.0f) output(i) = 0.0f;
+        if (factors_[i / 2 % 2] < 0.0f) output(i) = 0.0f;
       }
     }
 #pragma unroll

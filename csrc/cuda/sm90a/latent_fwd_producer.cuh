@@ -49,8 +49,8 @@ class LatentFwdProducer {
                                const LatentFwdPages& pages, int thread)
       : shared_(shared), args_(args), pages_(pages), warp_(thread / 32), lane_(thread % 32) {}
 
-  // All of this CTA's work, of which the first task is there. The next one is found out before the
-  // rows of one are copied.
+  // All of this worker's work, of which the first task is there. The next one is found out before
+  // the rows of one are copied.
   __device__ void run(const LatentFwdGrid& grid) {
     const typename Config::template Turns<kPlace> turns(grid);
     if (turns.has(0)) fetched_ = fetch(task(0), kFirst);
@@ -182,7 +182,8 @@ class LatentFwdProducer {
            page < args_.lists[0].rows.num_pages;
   }
 
-  // By a lane of each warp: the copy engine loads the warp's parts; arrives for all.
+  // By a lane of each warp, which arrives for the warp as copies would, so that nobody is more than
+  // a phase behind; the copy engine loads the warp's parts.
   __device__ void load(const LatentFwdTask& task, int block, std::int32_t page) const {
     const auto& page_size = args_.lists[0].rows.page_size;
     const int first = (task.first_block + block) * Config::kTokens;
@@ -191,11 +192,17 @@ class LatentFwdProducer {
     for (int i = 0; i < Config::kParts; ++i) {
       const int part = Config::part_at(kPlace, i);
       ptx::Mbarrier& full = shared_.full[kPlace][part];
-      // The other warps' parts too: who waits in the next block may be one phase behind, not two.
+      constexpr int kShare = 32;
       ptx::mbarrier_wait(shared_.empty[kPlace][part], phase_ ^ 1);
-      if (i % kWarps != warp_) continue;
-      if (part == 0) shared_.lacks[kPlace].any = 0;
-      ptx::mbarrier_arrive(full, Config::full_arrivals(part) - 1);
+      if (part == 0) {
+        shared_.lacks[kPlace].by_warp[warp_] = false;
+        ptx::mbarrier_arrive(full);
+      }
+      if (i % kWarps != warp_) {
+        ptx::mbarrier_arrive(full, kShare);
+        continue;
+      }
+      ptx::mbarrier_arrive(full, kShare - 1);
       ptx::mbarrier_arrive_expect(full, Config::dim_blocks(part) * Config::kBlockBytes);
       for (int k = 0; k < Config::dim_blocks(part); ++k) {
         const int dims = Config::first_dim_block(part) + k;
