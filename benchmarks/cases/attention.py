@@ -78,6 +78,60 @@ def sparse_prefill(
     return Case("flash_mla_sparse_fwd", name, make, bars, quick)
 
 
+OWN_BF16, GATHERED = "bf16 rows", "gather to bf16, bf16 rows"
+
+
+def sparse_prefill_of_cache(
+    heads: int, k: int, s: int, n: int, bars: tuple[Bar, ...] = (), quick: bool = False
+) -> Case:
+    """Prefill straight from a paged FP8 cache, beside our own over bf16 rows."""
+
+    def make(device: torch.device) -> Work:
+        table = inputs.page_table(1, n, device)
+        cache = inputs.v32_cache(table.numel(), device)
+        ends = torch.tensor([0, n], dtype=torch.int32, device=device)
+        kv = torch.empty(n, 1, D_QK, dtype=torch.bfloat16, device=device)
+        tokens = inputs.distinct(s, n, k, device).unsqueeze(1)
+        slots = inputs.slots(tokens.view(1, s * k), table).view(s, 1, k)
+        q = inputs.bf16(s, heads, D_QK, device=device)
+        scale = D_QK**-0.5
+        out = torch.empty(s, heads, D_V, dtype=q.dtype, device=device)
+        peak = torch.empty(s, heads, device=device)
+        lse = torch.empty(s, heads, device=device)
+
+        def over_rows() -> None:
+            dsa_ext.flash_mla_sparse_fwd(q, kv, tokens, scale, out=(out, peak, lse))
+
+        def gathered() -> None:
+            dsa_ext.gather_mla_kv_cache(cache, table, ends, n, out=kv.squeeze(1))
+            over_rows()
+
+        def run() -> None:
+            dsa_ext.flash_mla_sparse_fwd(q, cache, slots, scale, out=(out, peak, lse))
+
+        def check() -> None:
+            run()
+            rows = checks.some(s, device)
+            expected, expected_peak, expected_lse = reference.flash_mla_sparse_fwd(
+                q[rows], cache, slots[rows], scale, out_dtype=torch.float32
+            )
+            checks.close("out", out[rows], expected, checks.PREFILL)
+            checks.close("max_logits", peak[rows], expected_peak, checks.LOGITS)
+            checks.close_lse(lse[rows], expected_lse)
+
+        gathered()
+        return Work(
+            run=run,
+            check=check,
+            flop=2.0 * s * heads * k * (D_QK + D_V),
+            bytes=2.0 * (q.numel() + out.numel()) + cache.numel() + 4.0 * slots.numel(),
+            peers={OWN_BF16: lambda: over_rows, GATHERED: lambda: gathered},
+            reference=lambda: reference.flash_mla_sparse_fwd(q, cache, slots, scale),
+        )
+
+    return Case("flash_mla_sparse_fwd", f"fp8 h{heads} k{k} s{s} n{n}", make, bars, quick)
+
+
 def sparse_decode(
     heads: int,
     batch: int,
@@ -308,6 +362,9 @@ def cuda_cases() -> Iterator[Case]:
         yield sparse_prefill(576, heads, 2048, 4096, 32768, bars, shared=0.8)
     yield sparse_prefill(512, 64, 512, 4096, 32768, _times_flash_mla(1.12))
     yield sparse_prefill(512, 128, 1024, 4096, 32768, _times_flash_mla(1.1))
+    for heads in (128, 64, 16):
+        bars = (Bar(OWN_BF16, 1 / 1.05), Bar(GATHERED, 1.3))
+        yield sparse_prefill_of_cache(heads, 2048, 4096, 32768, bars)
     for heads in (128, 64):
         for batch, s_q in _DECODE_SHAPES:
             target = (batch, s_q, heads) == (128, 1, 128)
@@ -327,6 +384,7 @@ def cuda_cases() -> Iterator[Case]:
 
 def cpu_cases() -> Iterator[Case]:
     yield sparse_prefill(576, 128, 2048, 64, 32768, quick=True)
+    yield sparse_prefill_of_cache(16, 512, 16, 4096)
     yield sparse_decode(16, 4, 1, k=512, n=4096)
     yield v4_decode(16, 4, 256, n=1024)
     yield dense_decode(16, 2, 1024)

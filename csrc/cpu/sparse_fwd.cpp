@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sparse prefill attention over a flat 16-bit latent. A work item is one query token and a group of
-// heads, all of them unless there are fewer tokens than threads; the tile loop stands in
+// Sparse prefill attention over a flat latent or a paged cache. A work item is one query token and
+// a group of heads, all of them unless there are fewer tokens than threads; the tile loop stands in
 // attention_row.h.
 // Memory: the output and an AttentionRow a worker.
 #include <algorithm>
@@ -54,7 +54,7 @@ Status sparse_fwd(const SparseFwdParams& p) {
   const int d_v = static_cast<int>(p.d_v);
   const int group_heads = std::min(heads_per_group(num_heads, tokens), num_heads);
   const std::int64_t groups = (num_heads + group_heads - 1) / group_heads;
-  const LatentRows rows = LatentRows::flat(p.kv);
+  const LatentRows rows = p.kv.ndim == 4 ? LatentRows::paged(p.kv) : LatentRows::flat(p.kv);
 
   const double flops = 2.0 * (d_qk + d_v) * num_heads * static_cast<double>(tokens) *
                        static_cast<double>(p.indices.size(2));

@@ -31,6 +31,8 @@ Support sm90a_paged_mqa_logits_takes(const PagedMqaLogitsParams& params);
 Status sm90a_paged_mqa_logits(const PagedMqaLogitsParams& params);
 
 // cuda/sm90a/kvcache_fwd_launch.cu
+Support sm90a_fp8_sparse_fwd_takes(const SparseFwdParams& params);
+Status sm90a_fp8_sparse_fwd(const SparseFwdParams& params);
 Support sm90a_kvcache_fwd_takes(const KvCacheFwdParams& params);
 Status sm90a_kvcache_fwd(const KvCacheFwdParams& params);
 std::int64_t sm90a_kvcache_fwd_workspace_bytes(const KvCacheFwdParams& params);

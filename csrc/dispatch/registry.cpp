@@ -45,15 +45,18 @@ Support mla_dims(std::int64_t d_qk, std::int64_t d_v) {
 
 namespace {
 
-Support sparse_fwd_dims(const SparseFwdParams& p) { return mla_dims(p.q.size(-1), p.d_v); }
-
 // An 8-bit cache fixes its own dimensions (validate.cpp).
+Support sparse_fwd_dims(const SparseFwdParams& p) {
+  return p.is_fp8() ? Support{} : mla_dims(p.q.size(-1), p.d_v);
+}
+
 Support kvcache_dims(const KvCacheFwdParams& p) {
   return p.is_fp8_kvcache ? Support{} : mla_dims(p.q.size(-1), p.head_dim_v);
 }
 
 constexpr const char* kIndexCpu = "any H, D 32, 64 or 128";
-constexpr const char* kMlaShapes = "any heads and top-k; d_v 64..512, d_rope 0, 32 or 64";
+constexpr const char* kPrefill =
+    "any heads and top-k; d_v 64..512, d_rope 0, 32 or 64; 656-byte and 584-byte caches";
 constexpr const char* kSelection = "any k and row length; fp32, bf16, fp16";
 constexpr const char* kDecodeCpu = "dense and sparse; 16-bit, 656-byte and 584-byte caches";
 constexpr const char* kHadamard = "sizes 1 to 32768";
@@ -98,7 +101,8 @@ constexpr const char* kPagedIndexSm90a =
 constexpr const char* kDecodeSm90a = "SM90; dense and sparse; 8-bit caches on 16 bytes; bf16 q";
 constexpr const char* kLatentDecodeSm90a =
     "SM90; dense and sparse; 16-bit caches on 16 bytes; d_v 512 of d_qk 512 or 576";
-constexpr const char* kPrefillSm90a = "SM90; rows on 16 bytes; d_v 512 of d_qk 512 or 576";
+constexpr const char* kPrefillSm90a = "SM90; 16-bit rows on 16 bytes; d_v 512 of d_qk 512 or 576";
+constexpr const char* kFp8PrefillSm90a = "SM90; 8-bit caches on 16 bytes; bf16 q";
 #endif
 
 }  // namespace
@@ -179,9 +183,12 @@ DSA_KERNELS(MergeTopkParams,
 
 DSA_KERNELS(SparseFwdParams,
             DSA_SM90A("sm90a_sparse_fwd", kSm90a, kPrefillSm90a, cuda::sm90a_sparse_fwd_takes,
-                      cuda::sm90a_sparse_fwd) DSA_CUDA("portable_sparse_fwd", kSm80, kMlaShapes,
-                                                       cuda::sparse_fwd_takes, cuda::sparse_fwd){
-                "cpu_sparse_fwd", kCpu, kMlaShapes, sparse_fwd_dims, cpu::sparse_fwd})
+                      cuda::sm90a_sparse_fwd)
+                DSA_SM90A("sm90a_fp8_sparse_fwd", kSm90a, kFp8PrefillSm90a,
+                          cuda::sm90a_fp8_sparse_fwd_takes, cuda::sm90a_fp8_sparse_fwd)
+                    DSA_CUDA("portable_sparse_fwd", kSm80, kPrefill, cuda::sparse_fwd_takes,
+                             cuda::sparse_fwd){"cpu_sparse_fwd", kCpu, kPrefill, sparse_fwd_dims,
+                                               cpu::sparse_fwd})
 
 DSA_KERNELS(KvCacheFwdParams,
             DSA_SM90A("sm90a_kvcache_fwd", kSm90a, kDecodeSm90a, cuda::sm90a_kvcache_fwd_takes,

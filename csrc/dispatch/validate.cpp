@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "dispatch/validate.h"
 
+#include <algorithm>
 #include <limits>
 #include <string>
 
@@ -226,11 +227,35 @@ Status validate(const MergeTopkParams& p) {
   return c.take();
 }
 
+namespace {
+
+// Of 8-bit MLA caches, by q's dimension.
+constexpr DTypes kBytes = {kU8, kI8, kE4M3};
+const char* fp8_row_bytes(const Check& c) {
+  return c.dim("d_qk") == MlaV32Layout::kDim ? "656" : "584";
+}
+
+void sparse_fwd_kv(Check& c, const SparseFwdParams& p) {
+  const bool is_8_bit = std::find(kBytes.begin(), kBytes.end(), p.kv.dtype) != kBytes.end();
+  if (!is_8_bit) {
+    c.tensor("kv", p.kv, {p.q.dtype}, {"s_kv", "1", "d_qk"}, {"pages", "page_size", "1", "d_qk"});
+    if (c.ok() && p.kv.ndim == 4) c.that(p.kv.size(1) >= 1, "kv", "page_size >= 1", p.kv.size(1));
+    return;
+  }
+  const std::int64_t d_qk = c.dim("d_qk");
+  c.that(d_qk == MlaV32Layout::kDim || d_qk == MlaV4Layout::kDim, "q",
+         "d_qk 576 (656-byte rows) or 512 (584-byte rows) with an 8-bit kv", d_qk);
+  fp8_mla_cache(c, "kv", p.kv, kBytes, "pages", "page_size", fp8_row_bytes(c));
+  c.that(p.d_v == 512, "d_v", "512 with an 8-bit kv", p.d_v);
+}
+
+}  // namespace
+
 Status validate(const SparseFwdParams& p) {
   Check c(p.kOp, p.launch.device);
   c.tensor("q", p.q, {kBF16, kF16}, {"s_q", "h_q", "d_qk"});
   c.that(c.dim("h_q") >= 1, "q", "h_q >= 1", c.dim("h_q"));
-  c.tensor("kv", p.kv, {p.q.dtype}, {"s_kv", "1", "d_qk"});
+  sparse_fwd_kv(c, p);
   c.tensor("indices", p.indices, {kI32}, {"s_q", "1", "topk"});
   attention_scale(c, "sm_scale", p.sm_scale);
   c.that(p.d_v >= 1 && p.d_v <= c.dim("d_qk"), "d_v", "1 to d_qk", p.d_v);
@@ -262,12 +287,10 @@ void kvcache_format(Check& c, const KvCacheFwdParams& p) {
   const std::int64_t d_qk = c.dim("d_qk");
   c.that(d_qk == MlaV32Layout::kDim || d_qk == MlaV4Layout::kDim, "q",
          "d_qk 576 (656-byte rows) or 512 (584-byte rows) with is_fp8_kvcache", d_qk);
-  const char* width = d_qk == MlaV32Layout::kDim ? "656" : "584";
-  const DTypes bytes = {kU8, kI8, kE4M3};
-  fp8_mla_cache(c, "k_cache", p.k_cache, bytes, "pages", "page_size", width);
+  fp8_mla_cache(c, "k_cache", p.k_cache, kBytes, "pages", "page_size", fp8_row_bytes(c));
   if (extra) {
-    fp8_mla_cache(c, "extra_k_cache", p.extra_k_cache, bytes, "extra_pages", "extra_page_size",
-                  width);
+    fp8_mla_cache(c, "extra_k_cache", p.extra_k_cache, kBytes, "extra_pages", "extra_page_size",
+                  fp8_row_bytes(c));
   }
   c.that(p.head_dim_v == 512, "head_dim_v", "512 with is_fp8_kvcache", p.head_dim_v);
 }

@@ -48,9 +48,13 @@ def flash_mla_sparse_fwd(
 
     Args:
         q: bfloat16 or float16 [s_q, h_q, d_qk].
-        kv: like q [s_kv, 1, d_qk].
-        indices: int32 [s_q, 1, topk], rows of kv. One outside [0, s_kv) is an invalid slot,
-            wherever it stands: never read. Repeated ones count each time.
+        kv: like q [s_kv, 1, d_qk]. Or a paged cache, of any page size and page stride: like q
+            [pages, page_size, 1, d_qk]; 8-bit [pages, page_size, 1, 656] (d_qk 576) or
+            [pages, page_size, 1, 584] (d_qk 512), see docs/kv_cache_layout.md. With an 8-bit one q
+            is bfloat16 (on the CPU also float16) and d_v 512.
+        indices: int32 [s_q, 1, topk], rows of kv, or slots (page * page_size + offset) of the
+            cache. One outside is invalid, wherever it stands: never read. Repeated ones count each
+            time.
         sm_scale: factor on q . k before the softmax.
         d_v: leading numbers of a row that are its value; a multiple of 64 up to 512, and d_qk - d_v
             is 0, 32 or 64.
@@ -63,7 +67,7 @@ def flash_mla_sparse_fwd(
         out like q [s_q, h_q, d_v]; max_logits float32 [s_q, h_q] (scale applied, natural units);
         lse float32 [s_q, h_q] (natural log). A row with nothing valid: 0, -inf, +inf.
 
-    Signature: FlashMLA's ``flash_mla_sparse_fwd``.
+    Signature: FlashMLA's ``flash_mla_sparse_fwd``, which takes no cache.
     """
     if out is None:
         rows = q.shape[:2]

@@ -138,6 +138,31 @@ TEST_F(CudaAttention, SparseDecode) {
   }
 }
 
+TEST_F(CudaAttention, SparseFwdOverCaches) {
+  for (const Format& f : kFormats) {
+    for (const DecodeShape& s : kDecodeShapes) {
+      for (const std::int64_t topk : {0, 1, 70, 700}) {
+        Arena arena(11);
+        SparseFwdParams p;
+        p.q = arena.floats(f.query, {s.batch, s.h_q, f.d_qk}, -0.5f, 0.5f, s.pad);
+        p.kv = latent_cache(arena, f, s.pages, s.page_size, s.pad);
+        const auto slots = static_cast<std::int32_t>(s.pages * s.page_size);
+        p.indices = arena.hostile({s.batch, 1, topk}, slots, 10, 3);
+        p.sm_scale = 1.0 / std::sqrt(static_cast<double>(f.d_qk));
+        p.d_v = f.d_v;
+        if (topk % 2 == 0) p.attn_sink = sinks(arena, s.h_q);
+        p.out = arena.empty(f.query, {s.batch, s.h_q, f.d_v}, s.pad);
+        p.max_logits = arena.empty(kF32, {s.batch, s.h_q}, 1);
+        p.lse = arena.empty(kF32, {s.batch, s.h_q}, 1);
+        expect_like_cpu<SparseFwdParams>(flash_mla_sparse_fwd, p,
+                                         {{&SparseFwdParams::out, Rule::kPrefill},
+                                          {&SparseFwdParams::max_logits, Rule::kLse},
+                                          {&SparseFwdParams::lse, Rule::kLse}});
+      }
+    }
+  }
+}
+
 TEST_F(CudaAttention, DenseDecode) {
   for (const Format& f : kFormats) {
     for (const DecodeShape& s : kDecodeShapes) {

@@ -490,8 +490,8 @@ TEST(ValidateSparseFwd, OutputsByName) {
                  "float32 [16, 5]");
   p.kv = tensor(kBF16, {100, 1, 576});
   expect_invalid(validate(p),
-                 "flash_mla_sparse_fwd: kv: expected float16 [s_kv, 1, d_qk=576], got bfloat16 "
-                 "[100, 1, 576]");
+                 "flash_mla_sparse_fwd: kv: expected float16 [s_kv, 1, d_qk=576] or [pages, "
+                 "page_size, 1, d_qk=576], got bfloat16 [100, 1, 576]");
 }
 
 TEST(ValidateMergeAttnStates, OutputIsLikeOnePart) {

@@ -386,10 +386,60 @@ def test_sparse_decode_head_counts(device, name, h_q):
     check_cache(cache_case(name, device, h_q=h_q, s_q=1, topk=257, sink=True))
 
 
+def as_prefill(case):
+    """A case of one query token a request, as prefill over the same cache."""
+    return {
+        "q": case["q"].squeeze(1),
+        "kv": case["k_cache"],
+        "indices": case["indices"],
+        "sm_scale": case["q"].shape[-1] ** -0.5,
+        "d_v": case["head_dim_v"],
+        "attn_sink": case["attn_sink"],
+        "topk_length": case["topk_length"],
+    }
+
+
+@pytest.mark.ops("flash_mla_sparse_fwd")
+@pytest.mark.parametrize("page_size", [1, 37, 64])
+@pytest.mark.parametrize("h_q", [1, 8, 13, 20, 64, 130])
+@pytest.mark.parametrize("name", FORMATS)
+def test_sparse_fwd_over_caches(device, name, h_q, page_size):
+    """Prefill straight from a paged cache is decode, with the largest logits too."""
+    case = cache_case(
+        name, device, s_q=1, h_q=h_q, page_size=page_size, topk=257, lengths="b", sink=True
+    )
+    out, _, lse = check_sparse(as_prefill(case), DECODE_TOLERANCE)
+    decoded, decoded_lse = check_cache(case)
+    assert_close(out, decoded.squeeze(1), DECODE_TOLERANCE)
+    assert_lse_close(lse, decoded_lse.squeeze(2))
+
+
+@pytest.mark.ops("flash_mla_sparse_fwd")
+@pytest.mark.parametrize("h_q", [8, 64])
+@pytest.mark.parametrize("scale", [-0.05, 0.0, 30.0])
+@pytest.mark.parametrize("name", FORMATS)
+def test_sparse_fwd_over_caches_of_any_scale(device, name, scale, h_q):
+    """The largest logit is below the base of the softmax where scales are far apart."""
+    case = as_prefill(cache_case(name, device, s_q=1, h_q=h_q, topk=150))
+    check_sparse(case | {"sm_scale": scale}, DECODE_TOLERANCE)
+
+
+@pytest.mark.ops("flash_mla_sparse_fwd")
+@pytest.mark.parametrize("name", FORMATS)
+def test_sparse_fwd_over_an_empty_cache(device, name):
+    case = as_prefill(cache_case(name, device, s_q=1))
+    case["kv"] = case["kv"][:0]
+    out, max_logits, lse = dsa_ext.flash_mla_sparse_fwd(**case)
+    assert (out == 0).all()
+    assert torch.isneginf(max_logits).all()
+    assert torch.isposinf(lse).all()
+
+
 @pytest.mark.parametrize("name", ["v32", "v4"])
 def test_fp16_queries_over_fp8_caches(name):
     """On the CPU only: the CUDA kernels keep bf16 RoPE and say so."""
     check_cache(cache_case(name, "cpu", dtype=FP16, sink=True))
+    check_sparse(as_prefill(cache_case(name, "cpu", s_q=1, dtype=FP16, sink=True)))
 
 
 @pytest.mark.gpu
@@ -397,6 +447,8 @@ def test_fp16_queries_over_fp8_caches(name):
 def test_fp16_queries_over_fp8_caches_are_refused_on_cuda():
     with pytest.raises(RuntimeError, match="a bfloat16 q with an 8-bit cache"):
         check_cache(cache_case("v32", "cuda", dtype=FP16, sink=True))
+    with pytest.raises(RuntimeError, match="a bfloat16 q with an 8-bit kv"):
+        check_sparse(as_prefill(cache_case("v32", "cuda", s_q=1, dtype=FP16, sink=True)))
 
 
 @pytest.mark.ops("flash_mla_with_kvcache")
@@ -409,6 +461,7 @@ def test_fp8_caches_may_be_declared_otherwise(device, name, dtype):
     case["extra_k_cache"] = case["extra_k_cache"].view(dtype)
     for got, same in zip(dsa_ext.flash_mla_with_kvcache(**case), expected, strict=True):
         assert_same_bits(got, same)
+    check_sparse(as_prefill(case | {"q": case["q"][:, :1], "indices": case["indices"][:, :1]}))
 
 
 @pytest.mark.ops("flash_mla_with_kvcache")

@@ -621,12 +621,37 @@ WRONG = [
     (
         sparse,
         {"kv": t(9, 1, 96, dtype=FP16)},
-        "kv: expected bfloat16 [s_kv, 1, d_qk=96], got float16 [9, 1, 96]",
+        "kv: expected bfloat16 [s_kv, 1, d_qk=96] or [pages, page_size, 1, d_qk=96], got "
+        "float16 [9, 1, 96]",
     ),
     (
         sparse,
         {"kv": t(9, 2, 96, dtype=BF16)},
-        "kv: expected bfloat16 [s_kv, 1, d_qk=96], got bfloat16 [9, 2, 96]",
+        "kv: expected bfloat16 [s_kv, 1, d_qk=96] or [pages, page_size, 1, d_qk=96], got "
+        "bfloat16 [9, 2, 96]",
+    ),
+    (
+        sparse,
+        {"kv": t(9, 8, 2, 96, dtype=BF16)},
+        "kv: expected bfloat16 [s_kv, 1, d_qk=96] or [pages, page_size, 1, d_qk=96], got "
+        "bfloat16 [9, 8, 2, 96]",
+    ),
+    (sparse, {"kv": t(9, 0, 1, 96, dtype=BF16)}, "kv: expected page_size >= 1, got 0"),
+    (
+        sparse,
+        {"kv": t(9, 8, 1, 656, dtype=UINT8)},
+        "q: expected d_qk 576 (656-byte rows) or 512 (584-byte rows) with an 8-bit kv, got 96",
+    ),
+    (
+        sparse,
+        {"q": t(2, 3, 576, dtype=BF16), "kv": t(9, 8, 1, 584, dtype=UINT8)},
+        "kv: expected uint8 or int8 or float8_e4m3fn [pages, page_size, 1, 656], got uint8 "
+        "[9, 8, 1, 584]",
+    ),
+    (
+        sparse,
+        {"q": t(2, 3, 576, dtype=BF16), "kv": t(9, 8, 1, 656, dtype=UINT8)},
+        "d_v: expected 512 with an 8-bit kv, got 64",
     ),
     (
         sparse,

@@ -148,6 +148,11 @@ def op_arguments(op: str, device: str) -> list[dict | tuple]:
                 int32([6, 2, 0], device),
                 *sparse_outs,
             ),
+            (
+                torch.randn(2, 3, 576, device=device).to(BF16),
+                *(cached(device)["k_cache"], cached(device)["indices"], 0.1, 512, None, None),
+                *(out(2, 3, 512, dtype=BF16), out(2, 3), out(2, 3)),
+            ),
         ],
         "flash_mla_with_kvcache": [
             kvcache(cached(device)),

@@ -429,6 +429,32 @@ def sparse_decode(s: Sizes, name: str) -> Case:
     return case
 
 
+def prefill_over_cache(s: Sizes, name: str) -> Case:
+    case, cache, pages = _decode(s, FORMATS[name])
+    q = case.kwargs["q"].flatten(0, 1)
+    s_q, h_q, _ = q.shape
+    d_v, topk, page_size = case.kwargs["head_dim_v"], s.of(s(6), 70), s.of(s.small(4, 1), 16)
+    refill = {"indices": lambda: s.ints((s_q, 1, topk), pages * page_size)}
+    if s.maybe():
+        refill["topk_length"] = lambda: s.ints((s_q,), topk)
+    kwargs = {
+        "q": s.loose(q.contiguous()),
+        "kv": cache(page_size),
+        "sm_scale": s.of(0.05, -0.02),
+        "d_v": d_v,
+        "attn_sink": case.kwargs["attn_sink"],
+    }
+    kwargs |= {name: s.loose(make()) for name, make in refill.items()}
+    return Case(
+        "flash_mla_sparse_fwd",
+        kwargs,
+        [((s_q, h_q, d_v), q.dtype), ((s_q, h_q), FP32), ((s_q, h_q), FP32)],
+        ["prefill", "lse", "lse"],
+        {"out_dtype": FP32},
+        refill=refill,
+    )
+
+
 def dense_decode(s: Sizes, name: str) -> Case:
     case, cache, pages = _decode(s, FORMATS[name])
     batch, P, page_size = case.kwargs["q"].shape[0], s(3), s.of(s.small(4, 1), 16)
@@ -580,7 +606,7 @@ KINDS: dict[str, Callable[[Sizes], Case]] = {
         cast,
     )
 }
-for _f in (sparse_decode, dense_decode, mla_write, mla_gather):
+for _f in (prefill_over_cache, sparse_decode, dense_decode, mla_write, mla_gather):
     KINDS |= {f"{_f.__name__}_{name}": functools.partial(_f, name=name) for name in FORMATS}
 
 

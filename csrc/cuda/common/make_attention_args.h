@@ -119,7 +119,8 @@ inline AttentionArgs make_attention_args(const SparseFwdParams& p) {
   a.max_logits = p.max_logits.ptr<float>();
   a.max_stride_b = p.max_logits.stride(0);
   a.max_stride_h = p.max_logits.stride(1);
-  a.lists[0] = slot_list(flat_rows(p.kv), p.indices, p.topk_length);
+  const LatentRows rows = p.kv.ndim == 4 ? paged_rows(p.kv) : flat_rows(p.kv);
+  a.lists[0] = slot_list(rows, p.indices, p.topk_length);
   return a;
 }
 

@@ -93,7 +93,8 @@ SplitPlan plan_of(const KvCacheFwdParams& p) {
 // ---- flash_mla_sparse_fwd ---------------------------------------------------------------------
 
 Support sparse_fwd_takes(const SparseFwdParams& p) {
-  const Support dims = mla_dims(p.q.size(2), p.d_v);
+  if (p.is_fp8() && p.q.dtype != DType::kBFloat16) return {"a bfloat16 q with an 8-bit kv"};
+  const Support dims = p.is_fp8() ? Support{} : mla_dims(p.q.size(2), p.d_v);
   return dims.ok() ? takes(format_of(p.kv), p.q.size(0), p.q.size(1), p.indices.size(2), p.launch)
                    : dims;
 }

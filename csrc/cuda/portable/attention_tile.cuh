@@ -174,7 +174,7 @@ class AttentionTile {
         for (int w = 1; w < Config::kWarpsN; ++w) {
           largest = fmaxf(largest, shared_.row_max[w][head]);
         }
-        if constexpr (kKeepsMax) max_[i] = fmaxf(max_[i], largest);
+        max_[i] = fmaxf(max_[i], largest);
         float alpha = 1.0f;
         base[half] = shared_.base[tile & 1][head];
         if (largest > base[half] + kLazyRescale) {
@@ -263,7 +263,7 @@ class AttentionTile {
         statistics.weight[warp_ % Config::kWarpsN][head] = weight;
         if (warp_ % Config::kWarpsN == 0) {
           statistics.base[head] = shared_.base[end_tile & 1][head];
-          statistics.max[head] = kKeepsMax ? max_[i] : statistics.base[head];
+          statistics.max[head] = max_[i];
         }
       }
     }
@@ -311,8 +311,6 @@ class AttentionTile {
   // An 8-bit cache fixes its dimensions.
   __device__ int d_v() const { return Config::kIsFp8 ? kMaxDimV : d_v_; }
 
-  // Only prefill, from 16-bit rows, returns the maximum.
-  static constexpr bool kKeepsMax = !Config::kIsFp8;
   // Scores move on by this much (in powers of two) before output and sums are rescaled to them.
   static constexpr float kLazyRescale = 8.0f;
 

@@ -12,9 +12,10 @@
 
 namespace dsa::cuda::sm90a {
 
-// Layout: of the cache, MlaV32Layout or MlaV4Layout.
-template <typename Layout, int kHeads_>
+// Layout: of the cache, MlaV32Layout or MlaV4Layout. kHasMaxima: the largest logits are asked for.
+template <typename Layout, int kHeads_, bool kHasMaxima_>
 struct KvCacheFwdConfig {
+  static constexpr bool kHasMaxima = kHasMaxima_;
   static constexpr bool kIsV32 = std::is_same_v<Layout, MlaV32Layout>;
   static constexpr int kHeads = kHeads_;  // of a tile: 8, 16, 32 or 64
   static constexpr int kTokens = 64;      // of a tile

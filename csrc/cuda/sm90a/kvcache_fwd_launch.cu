@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// flash_mla_with_kvcache on Hopper, over FP8 caches.
+// flash_mla_with_kvcache and flash_mla_sparse_fwd on Hopper, over FP8 caches.
 #include <cstdint>
 
 #include "cuda/common/attention_splits.h"
@@ -19,48 +19,70 @@ SplitPlan plan_of(const KvCacheFwdParams& p) {
 }
 
 template <typename Config>
-Status run(const KvCacheFwdParams& p) {
-  if (p.q.size(0) == 0 || p.q.size(1) == 0) return {};
-  CUtensorMap q_map;
-  if (Status status = make_query_map(p.q, Config::kHeads, q_map); !status.ok()) return status;
-  const auto launch_rows = [&](const AttentionArgs& args, std::int64_t rows, const Launch& where) {
-    const std::int64_t head_tiles = ceil_div(args.num_heads, Config::kHeads);
-    const dim3 grid(static_cast<unsigned>(rows * head_tiles),
-                    static_cast<unsigned>(args.num_splits));
-    return launch<sm90a::sm90a_kvcache_fwd_kernel<Config>>(
-        "sm90a_kvcache_fwd_kernel", where, grid, Config::kThreads,
-        sizeof(typename Config::SharedStorage), args, q_map);
-  };
-  return run_splits(p, plan_of<Config>(p), launch_rows);
+Status launch_rows(const AttentionArgs& args, const CUtensorMap& q_map, std::int64_t rows,
+                   const Launch& where) {
+  const std::int64_t head_tiles = ceil_div(args.num_heads, Config::kHeads);
+  const dim3 grid(static_cast<unsigned>(rows * head_tiles), static_cast<unsigned>(args.num_splits));
+  return launch<sm90a::sm90a_kvcache_fwd_kernel<Config>>(
+      "sm90a_kvcache_fwd_kernel", where, grid, Config::kThreads,
+      sizeof(typename Config::SharedStorage), args, q_map);
 }
 
 // use(Config{}) of the fewest heads that have all in one tile, or of 64.
-template <typename Layout, typename Use>
+template <bool kHasMaxima, typename Layout, typename Use>
 auto with_heads(std::int64_t heads, Use&& use) {
-  if (heads <= 8) return use(sm90a::KvCacheFwdConfig<Layout, 8>{});
-  if (heads <= 16) return use(sm90a::KvCacheFwdConfig<Layout, 16>{});
-  if (heads <= 32) return use(sm90a::KvCacheFwdConfig<Layout, 32>{});
-  return use(sm90a::KvCacheFwdConfig<Layout, 64>{});
+  if (heads <= 8) return use(sm90a::KvCacheFwdConfig<Layout, 8, kHasMaxima>{});
+  if (heads <= 16) return use(sm90a::KvCacheFwdConfig<Layout, 16, kHasMaxima>{});
+  if (heads <= 32) return use(sm90a::KvCacheFwdConfig<Layout, 32, kHasMaxima>{});
+  return use(sm90a::KvCacheFwdConfig<Layout, 64, kHasMaxima>{});
+}
+
+template <bool kHasMaxima, typename Use>
+auto with_config(const TensorView& q, const TensorView& cache, Use&& use) {
+  const std::int64_t heads = q.size(-2);
+  return format_of(cache) == LatentFormat::kMlaV32
+             ? with_heads<kHasMaxima, MlaV32Layout>(heads, use)
+             : with_heads<kHasMaxima, MlaV4Layout>(heads, use);
 }
 
 template <typename Use>
 auto with_config(const KvCacheFwdParams& p, Use&& use) {
-  const std::int64_t heads = p.q.size(2);
-  if (format_of(p.k_cache) == LatentFormat::kMlaV32) return with_heads<MlaV32Layout>(heads, use);
-  return with_heads<MlaV4Layout>(heads, use);
+  return with_config<false>(p.q, p.k_cache, use);
 }
 
+constexpr std::int64_t kFewestHeads = 8;  // a tile
+
+bool is_copied(const TensorView& cache) { return !cache.defined() || paged_rows(cache).aligned; }
+
 }  // namespace
+
+// ---- flash_mla_sparse_fwd -----------------------------------------------------------------------
+
+Support sm90a_fp8_sparse_fwd_takes(const SparseFwdParams& p) {
+  if (!p.is_fp8()) return {"an 8-bit kv"};
+  if (p.q.dtype != DType::kBFloat16) return {"a bfloat16 q"};
+  if (!query_map_takes(p.q)) return {"q on 16 bytes"};
+  if (!is_copied(p.kv)) return {"pages on 16 bytes"};
+  return attention_sizes(p.q.size(0), p.q.size(1), p.indices.size(2), kFewestHeads);
+}
+
+Status sm90a_fp8_sparse_fwd(const SparseFwdParams& p) {
+  if (p.q.size(0) == 0) return {};
+  return with_config<true>(p.q, p.kv, [&](auto config) -> Status {
+    using Config = decltype(config);
+    CUtensorMap q_map;
+    if (Status status = make_query_map(p.q, Config::kHeads, q_map); !status.ok()) return status;
+    return launch_rows<Config>(make_attention_args(p), q_map, p.q.size(0), p.launch);
+  });
+}
+
+// ---- flash_mla_with_kvcache ---------------------------------------------------------------------
 
 Support sm90a_kvcache_fwd_takes(const KvCacheFwdParams& p) {
   if (!p.is_fp8_kvcache) return {"an FP8 cache"};
   if (p.q.dtype != DType::kBFloat16) return {"a bfloat16 q"};
-  const auto is_copied = [](const TensorView& cache) {
-    return !cache.defined() || paged_rows(cache).aligned;
-  };
   if (!query_map_takes(p.q)) return {"q on 16 bytes"};
   if (!is_copied(p.k_cache) || !is_copied(p.extra_k_cache)) return {"pages on 16 bytes"};
-  constexpr std::int64_t kFewestHeads = 8;  // a tile
   return attention_sizes(p.q.size(0) * p.q.size(1), p.q.size(2), keys_of(p), kFewestHeads);
 }
 
@@ -70,7 +92,16 @@ std::int64_t sm90a_kvcache_fwd_workspace_bytes(const KvCacheFwdParams& p) {
 }
 
 Status sm90a_kvcache_fwd(const KvCacheFwdParams& p) {
-  return with_config(p, [&](auto config) { return run<decltype(config)>(p); });
+  if (p.q.size(0) == 0 || p.q.size(1) == 0) return {};
+  return with_config(p, [&](auto config) -> Status {
+    using Config = decltype(config);
+    CUtensorMap q_map;
+    if (Status status = make_query_map(p.q, Config::kHeads, q_map); !status.ok()) return status;
+    return run_splits(p, plan_of<Config>(p),
+                      [&](const AttentionArgs& args, std::int64_t rows, const Launch& where) {
+                        return launch_rows<Config>(args, q_map, rows, where);
+                      });
+  });
 }
 
 }  // namespace dsa::cuda

@@ -33,6 +33,7 @@ class KvCacheFwdSoftmax {
     if (active()) {
       float scales[2], plus[2];
       bool has[2];
+      float largest[2 * kBlocks];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = 16 * warp_ + lane_ / 4 + 8 * i;
@@ -50,7 +51,12 @@ class KvCacheFwdSoftmax {
         x[4 * j + 1] = fmaf(scores.y, scales[0], plus[0] - base.y);
         x[4 * j + 2] = fmaf(scores.z, scales[1], plus[1] - base.x);
         x[4 * j + 3] = fmaf(scores.w, scales[1], plus[1] - base.y);
+        if constexpr (Config::kHasMaxima) {
+          largest[2 * j] = largest_of(has, scores.x * scales[0], scores.z * scales[1]);
+          largest[2 * j + 1] = largest_of(has, scores.y * scales[0], scores.w * scales[1]);
+        }
       }
+      if constexpr (Config::kHasMaxima) note_maxima(largest);
       if (!__all_sync(~0u, has[0] && has[1])) {
 #pragma unroll
         for (int i = 0; i < 4 * kBlocks; ++i) {
@@ -70,11 +76,20 @@ class KvCacheFwdSoftmax {
   __device__ void finish(Use&& use) {
     const float* rows = by_row(sums_);
     const int head = 128 * half_ + 32 * warp_ + lane_;
-    if (head >= Config::kHeads) return;
+    const bool has_head = head < Config::kHeads;
     float sum = 0.0f;
-    for (int i = 0; i < kRows; ++i) sum += rows[i * Config::kHeads + head];
-    const float base = shared_.bases[head];
-    use(head, HeadResult(sum, sum, base, sum == 0.0f ? -kAttentionInf : base));
+    for (int i = 0; i < kRows && has_head; ++i) sum += rows[i * Config::kHeads + head];
+    const float base = has_head ? shared_.bases[head] : 0.0f;
+    float largest = sum == 0.0f ? -kAttentionInf : base;
+    if constexpr (Config::kHasMaxima) {
+      named_sync<kValueBarrier, Config::kValueThreads>();
+      publish_maxima();
+      largest = -kAttentionInf;
+      for (int warp = 0; warp < 4 && has_head; ++warp) {
+        largest = fmaxf(largest, rows[warp * Config::kHeads + head]);
+      }
+    }
+    if (has_head) use(head, HeadResult(sum, sum, base, largest));
   }
 
  private:
@@ -87,6 +102,42 @@ class KvCacheFwdSoftmax {
   __device__ bool active() const { return Config::kHeads >= 16 || half_ == 0; }
   __device__ int block(int j) const { return kBlocks * half_ + j; }
   __device__ int head(int j) const { return 8 * block(j) + lane_ % 4 * 2; }  // and the next
+
+  __device__ static float largest_of(const bool (&has)[2], float x, float y) {
+    return fmaxf(has[0] ? x : -kAttentionInf, has[1] ? y : -kAttentionInf);
+  }
+
+  // Of this thread's heads. Lanes that have the same ones share them out: registers are short.
+  __device__ void note_maxima(float (&largest)[2 * kBlocks]) {
+    int lanes = 4;
+#pragma unroll
+    for (int left = kBlocks; left > 0; left /= 2, lanes *= 2) {
+      const bool has_upper = (lane_ & lanes) != 0;
+#pragma unroll
+      for (int i = 0; i < left; ++i) {
+        const float given = has_upper ? largest[i] : largest[i + left];
+        const float kept = has_upper ? largest[i + left] : largest[i];
+        largest[i] = fmaxf(kept, __shfl_xor_sync(~0u, given, lanes));
+      }
+    }
+    maximum_ = fmaxf(maximum_, largest[0]);
+  }
+
+  // Of each warp and head, where P was.
+  __device__ void publish_maxima() {
+    int own = 0, lanes = 4;  // which of the heads that note_maxima shares out
+#pragma unroll
+    for (int left = kBlocks; left > 0; left /= 2, lanes *= 2) {
+      if ((lane_ & lanes) != 0) own += left;
+    }
+#pragma unroll
+    for (; lanes < 32; lanes *= 2) {
+      maximum_ = fmaxf(maximum_, __shfl_xor_sync(~0u, maximum_, lanes));
+    }
+    auto* rows = reinterpret_cast<float*>(shared_.p[0]);
+    if (active()) rows[warp_ * Config::kHeads + head(own / 2) + own % 2] = maximum_;
+    named_sync<kValueBarrier, Config::kValueThreads>();
+  }
 
   __device__ bool is_above(const float (&x)[4 * kBlocks]) const {
     float largest[2] = {-kAttentionInf, -kAttentionInf};
@@ -186,8 +237,9 @@ class KvCacheFwdSoftmax {
   SharedStorage& shared_;
   const float factor_;
   const int half_, warp_, lane_;
-  bool has_bases_ = false;        // of all heads: a score so far
-  float sums_[2 * kBlocks] = {};  // of 2^(score - base), over this thread's rows
+  bool has_bases_ = false;          // of all heads: a score so far
+  float sums_[2 * kBlocks] = {};    // of 2^(score - base), over this thread's rows
+  float maximum_ = -kAttentionInf;  // with kHasMaxima: of the scores of a head
 };
 
 }  // namespace dsa::cuda::sm90a

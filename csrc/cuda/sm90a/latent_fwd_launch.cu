@@ -46,25 +46,32 @@ bool make_page_map(const TensorView& cache, CUtensorMap& map) {
              .ok();
 }
 
-// use(Config{}) of the fewest heads that have all in one tile, or of 64.
-template <typename Element, int kRope, typename Use>
+// Up to so many heads are the product's columns. Decode has few query tokens, mostly, and with 32
+// heads gains less by two workers an SM than it pays for more splits.
+constexpr int kFewOfPrefill = 32, kFewOfDecode = 16;
+
+// use(Config{}) of the fewest heads that have all in one tile, if they are few, or of 64.
+template <int kFew, typename Element, int kRope, typename Use>
 auto with_heads(std::int64_t heads, Use&& use) {
   if (heads <= kFewestHeads) return use(sm90a::LatentFwdConfig<Element, kRope, kFewestHeads>{});
   if (heads <= 16) return use(sm90a::LatentFwdConfig<Element, kRope, 16>{});
-  if (heads <= 32) return use(sm90a::LatentFwdConfig<Element, kRope, 32>{});
+  if constexpr (kFew >= 32) {
+    if (heads <= 32) return use(sm90a::LatentFwdConfig<Element, kRope, 32>{});
+  }
   return use(sm90a::LatentFwdConfig<Element, kRope, kMostHeads>{});
 }
 
 // Also of q's dtype and dimension.
-template <typename Use>
+template <int kFew, typename Use>
 auto with_config(const TensorView& q, Use&& use) {
   const std::int64_t heads = q.size(-2);
   const bool has_rope = q.size(-1) == kDimV + kRope;
   if (q.dtype == DType::kFloat16) {
-    return has_rope ? with_heads<__half, kRope>(heads, use) : with_heads<__half, 0>(heads, use);
+    return has_rope ? with_heads<kFew, __half, kRope>(heads, use)
+                    : with_heads<kFew, __half, 0>(heads, use);
   }
-  return has_rope ? with_heads<__nv_bfloat16, kRope>(heads, use)
-                  : with_heads<__nv_bfloat16, 0>(heads, use);
+  return has_rope ? with_heads<kFew, __nv_bfloat16, kRope>(heads, use)
+                  : with_heads<kFew, __nv_bfloat16, 0>(heads, use);
 }
 
 // keys: of a row, at most.
@@ -96,13 +103,14 @@ SplitPlan plan_of(const KvCacheFwdParams& p) {
 // ---- flash_mla_sparse_fwd -----------------------------------------------------------------------
 
 Support sm90a_sparse_fwd_takes(const SparseFwdParams& p) {
+  if (p.is_fp8()) return {"16-bit latents"};
   return takes(p, p.d_v, p.q.size(0), p.indices.size(2));
 }
 
 Status sm90a_sparse_fwd(const SparseFwdParams& p) {
   if (p.q.size(0) == 0) return {};
   const AttentionArgs args = make_attention_args(p);
-  return with_config(p.q, [&](auto config) {
+  return with_config<kFewOfPrefill>(p.q, [&](auto config) {
     return launch_rows<decltype(config)>(args, {}, p.q.size(0), p.launch);
   });
 }
@@ -115,15 +123,15 @@ Support sm90a_latent_kvcache_fwd_takes(const KvCacheFwdParams& p) {
 }
 
 std::int64_t sm90a_latent_kvcache_fwd_workspace_bytes(const KvCacheFwdParams& p) {
-  return with_config(p.q,
-                     [&](auto config) { return plan_of<decltype(config)>(p).workspace_bytes(p); });
+  return with_config<kFewOfDecode>(
+      p.q, [&](auto config) { return plan_of<decltype(config)>(p).workspace_bytes(p); });
 }
 
 Status sm90a_latent_kvcache_fwd(const KvCacheFwdParams& p) {
   if (p.q.size(0) == 0 || p.q.size(1) == 0) return {};
   sm90a::LatentFwdPages pages{};
   pages.are_blocks = !p.indices.defined() && make_page_map(p.k_cache, pages.map);
-  return with_config(p.q, [&](auto config) {
+  return with_config<kFewOfDecode>(p.q, [&](auto config) {
     return run_splits(p, plan_of<decltype(config)>(p),
                       [&](const AttentionArgs& args, std::int64_t rows, const Launch& where) {
                         return launch_rows<decltype(config)>(args, pages, rows, where);

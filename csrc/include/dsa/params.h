@@ -185,9 +185,11 @@ struct MergeTopkParams {
 
 struct SparseFwdParams {
   static constexpr const char* kOp = "flash_mla_sparse_fwd";
-  TensorView q;        // bf16 | f16 [s_q, h_q, d_qk]
-  TensorView kv;       // like q [s_kv, 1, d_qk]
-  TensorView indices;  // i32 [s_q, 1, topk]
+  TensorView q;  // bf16 | f16 [s_q, h_q, d_qk]
+  // Like q [s_kv, 1, d_qk], or a paged cache: like q [pages, page_size, 1, d_qk], or 8-bit
+  // [pages, page_size, 1, 656 | 584].
+  TensorView kv;
+  TensorView indices;  // i32 [s_q, 1, topk]: rows of kv, or slots of the cache
   double sm_scale = 0.0;
   std::int64_t d_v = 0;
   TensorView attn_sink;    // f32 [h_q], optional
@@ -196,6 +198,8 @@ struct SparseFwdParams {
   TensorView max_logits;   // f32 [s_q, h_q]
   TensorView lse;          // f32 [s_q, h_q]
   Launch launch;
+
+  bool is_fp8() const { return kv.dtype != q.dtype; }
 };
 
 struct KvCacheFwdParams {

@@ -59,38 +59,19 @@ def flash_mla_sparse_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sparse prefill attention (FlashMLA's flash_mla_sparse_fwd).
 
-    q: [s_q, h_q, d_qk]; kv: [s_kv, 1, d_qk]; 16-bit, fp32 or fp64. indices: int32 [s_q, 1, topk],
-    an index < 0 or >= s_kv is ignored and its row never read, repeats count each time. attn_sink:
-    fp32 [h_q], out *= e^lse / (e^lse + e^sink). topk_length: int32 [s_q], entries from there on are
+    q: [s_q, h_q, d_qk], 16-bit, fp32 or fp64. kv: float [s_kv, 1, d_qk]; or a paged cache, float
+    [pages, page_size, 1, d_qk] or bytes [..., 656] (d_qk 576) or [..., 584] (d_qk 512), used as
+    e4m3 * scale without further rounding. indices: int32 [s_q, 1, topk], rows of kv or slots of the
+    cache; one outside is ignored and its row never read, repeats count each time. attn_sink: fp32
+    [h_q], out *= e^lse / (e^lse + e^sink). topk_length: int32 [s_q], entries from there on are
     ignored. Returns (out [s_q, h_q, d_v] in out_dtype or q's dtype, max_logits, lse), the latter
     fp32 [s_q, h_q] (fp64 if an input is), natural log, scale applied, without the sink. Nothing
-    valid: out 0, max_logits -inf, lse +inf. Differentiable in q, kv and attn_sink; max_logits is
-    detached.
+    valid: out 0, max_logits -inf, lse +inf. Differentiable in q, float kv and attn_sink; max_logits
+    is detached.
     """
-    dtype = compute_dtype(q, kv, attn_sink)
-    rows, heads, dim = q.shape
-    s_kv = kv.shape[0]
-    index = indices.reshape(rows, indices.shape[-1]).to(torch.int64)
-    valid = (index >= 0) & (index < s_kv)
-    if topk_length is not None:
-        lane = torch.arange(index.shape[-1], device=q.device)
-        valid &= lane < topk_length.to(torch.int64).unsqueeze(-1)
-    index = index.masked_fill(~valid, 0)
-    latent = kv.reshape(s_kv, dim) if s_kv else kv.new_zeros((1, dim))
-    sink = None if attn_sink is None else attn_sink.to(dtype)
-    out_dtype = out_dtype or q.dtype
-
-    def attend(begin: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
-        picked = index[begin:end]
-        rows_kv = latent.index_select(0, picked.reshape(-1)).to(dtype).reshape(*picked.shape, dim)
-        out, peak, lse = _attend(
-            q[begin:end].to(dtype), rows_kv, valid[begin:end], sm_scale, d_v, sink
-        )
-        return out.to(out_dtype), peak, lse
-
-    per_row = (2 * dim + 3 * heads) * index.shape[-1] * dtype.itemsize
-    out, peak, lse = map_rows(attend, rows, per_row, (q, kv, attn_sink))
-    return out, peak, lse
+    cache = kv.unsqueeze(0) if kv.dim() == 3 else kv
+    source = (cache, indices.squeeze(1).to(torch.int64), _per_query(topk_length, indices))
+    return _attend_slots(q.unsqueeze(1), [source], d_v, sm_scale, attn_sink, out_dtype or q.dtype)
 
 
 def _dense_slots(
@@ -159,7 +140,7 @@ def flash_mla_with_kvcache(
     q, attn_sink and float caches.
     """
     del tile_scheduler_metadata, num_splits, batch_invariant
-    batch, queries, _, dim = q.shape
+    batch, queries, heads, dim = q.shape
     if (k_cache.element_size() == 1) != is_fp8_kvcache:
         raise ValueError(
             f"flash_mla_with_kvcache: k_cache: expected {'bytes' if is_fp8_kvcache else 'floats'} "
@@ -195,14 +176,10 @@ def flash_mla_with_kvcache(
         for cache, index, length in pairs:
             slots = index.reshape(batch * queries, index.shape[-1]).to(torch.int64)
             sources.append((cache, slots, _per_query(length, index)))
-    return _attend_slots(
-        q,
-        sources,
-        head_dim_v,
-        dim**-0.5 if softmax_scale is None else softmax_scale,
-        attn_sink,
-        out_dtype or q.dtype,
-    )
+    scale = dim**-0.5 if softmax_scale is None else softmax_scale
+    out, _, lse = _attend_slots(q, sources, head_dim_v, scale, attn_sink, out_dtype or q.dtype)
+    out = out.reshape(batch, queries, heads, head_dim_v)
+    return out, lse.reshape(batch, queries, heads).transpose(1, 2).contiguous()
 
 
 def _attend_slots(
@@ -212,8 +189,11 @@ def _attend_slots(
     scale: float,
     attn_sink: Tensor | None,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Attention of q [b,s_q,h,d] over sources: (cache, slots [b or b*s_q, T], seen [b*s_q, 1])."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of q [b,s_q,h,d] over sources: (cache, slots [b or b*s_q, T], seen [b*s_q, 1]).
+
+    Returns out [b*s_q,h,d_v], the largest logits and lse [b*s_q,h].
+    """
     batch, queries, heads, dim = q.shape
     caches = [cache for cache, _, _ in sources]
     dtype = compute_dtype(q, attn_sink, *caches)
@@ -233,19 +213,18 @@ def _attend_slots(
         latent = latent_rows(cache, slot // page_size, slot % page_size)
         return latent.to(dtype), valid
 
-    def attend(begin: int, end: int) -> tuple[Tensor, Tensor]:
+    def attend(begin: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
         row = torch.arange(begin, end, device=q.device)
         gathered = [gather(source, row) for source in sources]
         kv = torch.cat([latent for latent, _ in gathered], dim=1)
         valid = torch.cat([mask for _, mask in gathered], dim=1)
-        out, _, lse = _attend(flat_q[begin:end].to(dtype), kv, valid, scale, d_v, sink)
-        return out.to(out_dtype), lse
+        out, peak, lse = _attend(flat_q[begin:end].to(dtype), kv, valid, scale, d_v, sink)
+        return out.to(out_dtype), peak, lse
 
     width = sum(slots.shape[-1] for _, slots, _ in sources)
     per_row = (3 * dim + 3 * heads) * width * dtype.itemsize
-    out, lse = map_rows(attend, rows, per_row, (q, attn_sink, *caches))
-    out = out.reshape(batch, queries, heads, d_v)
-    return out, lse.reshape(batch, queries, heads).transpose(1, 2).contiguous()
+    out, peak, lse = map_rows(attend, rows, per_row, (q, attn_sink, *caches))
+    return out, peak, lse
 
 
 def merge_attn_states(
