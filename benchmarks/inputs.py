@@ -43,7 +43,10 @@ def distinct(rows: int, n: int, k: int, device: torch.device) -> Tensor:
 
 
 def drifting(rows: int, n: int, k: int, shared: float, device: torch.device) -> Tensor:
-    """The same, of which a row has the share `shared`, or more, in common with the row before."""
+    """int32 [rows, k]: for each row k different numbers below n >= k, ascending, spread evenly.
+
+    A row has the share `shared`, or more, in common with the row before.
+    """
     each = n // k  # numbers that take turns in a place
     tokens = torch.arange(k, device=device) * each + torch.randint(each, (k,), device=device)
     chosen = torch.empty(rows, k, dtype=torch.int32, device=device)

@@ -377,6 +377,8 @@ def cuda_cases() -> Iterator[Case]:
     for batch, n in _DENSE_SHAPES:
         bars = _times_flash_mla(_DENSE_BARS.get(batch))
         yield dense_decode(128, batch, n, bars=bars, quick=(batch, n) == (16, 32768))
+    for heads in (32, 16):
+        yield dense_decode(heads, 16, 32768)
     memory_bar = (Bar("roof", 0.75),)
     yield merge_states(4, 512, torch.float32, memory_bar)
     yield merge_states(2, 2048, torch.bfloat16, memory_bar)

@@ -83,6 +83,9 @@ constexpr const char* kSelectionStream = "k up to 8192; rows of contiguous fp32,
 constexpr const char* kMqaTopkCuda = "H 1..128, D 32, 64 or 128; up to 2^24 keys";
 constexpr const char* kPagedMqaTopkCuda =
     "H 1..128, D 32, 64 or 128; next_n * (keys + 4) up to 2^24";
+constexpr const char* kPrefillCuda =
+    "any heads and top-k; d_v 64..512, d_rope 0, 32 or 64; 656-byte and 584-byte caches with bf16 "
+    "q";
 constexpr const char* kDecodeCuda =
     "dense and sparse; 16-bit, 656-byte and 584-byte caches; bf16 q for 8-bit ones";
 #endif
@@ -186,7 +189,7 @@ DSA_KERNELS(SparseFwdParams,
                       cuda::sm90a_sparse_fwd)
                 DSA_SM90A("sm90a_fp8_sparse_fwd", kSm90a, kFp8PrefillSm90a,
                           cuda::sm90a_fp8_sparse_fwd_takes, cuda::sm90a_fp8_sparse_fwd)
-                    DSA_CUDA("portable_sparse_fwd", kSm80, kPrefill, cuda::sparse_fwd_takes,
+                    DSA_CUDA("portable_sparse_fwd", kSm80, kPrefillCuda, cuda::sparse_fwd_takes,
                              cuda::sparse_fwd){"cpu_sparse_fwd", kCpu, kPrefill, sparse_fwd_dims,
                                                cpu::sparse_fwd})
 

@@ -237,10 +237,15 @@ const char* fp8_row_bytes(const Check& c) {
 
 void sparse_fwd_kv(Check& c, const SparseFwdParams& p) {
   const bool is_8_bit = std::find(kBytes.begin(), kBytes.end(), p.kv.dtype) != kBytes.end();
-  if (!is_8_bit) {
+  const bool has_8_bit_rows = p.kv.ndim == 4 && (p.kv.size(3) == MlaV32Layout::kTokenBytes ||
+                                                 p.kv.size(3) == MlaV4Layout::kTokenBytes);
+  if (!is_8_bit && !has_8_bit_rows) {
     c.tensor("kv", p.kv, {p.q.dtype}, {"s_kv", "1", "d_qk"}, {"pages", "page_size", "1", "d_qk"});
     if (c.ok() && p.kv.ndim == 4) c.that(p.kv.size(1) >= 1, "kv", "page_size >= 1", p.kv.size(1));
     return;
+  }
+  if (!is_8_bit || p.kv.ndim != 4) {
+    return c.tensor("kv", p.kv, kBytes, {"pages", "page_size", "1", fp8_row_bytes(c)});
   }
   const std::int64_t d_qk = c.dim("d_qk");
   c.that(d_qk == MlaV32Layout::kDim || d_qk == MlaV4Layout::kDim, "q",

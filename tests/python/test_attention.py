@@ -228,6 +228,21 @@ def test_values_that_are_not_finite(device, where, value):
 
 
 @pytest.mark.ops("flash_mla_sparse_fwd")
+@pytest.mark.parametrize(("d_qk", "d_v"), [(96, 64), (576, 512)])
+def test_nan_beside_infinity(device, d_qk, d_v):
+    """The largest logit is the infinite one."""
+    case = sparse_case(2, 5, d_qk, d_v, 60, 32, BF16, device)
+    case["indices"][0, 0, 4:6] = torch.tensor([11, 12], device=device)
+    case["kv"][11:13] = 1.0
+    case["kv"][11, 0, 7] = INF
+    case["kv"][12, 0, 8] = float("nan")
+    case["q"][0, :, 7] = 1.0
+    _, max_logits, lse = check_sparse(case)
+    assert torch.isposinf(max_logits[0]).all()
+    assert torch.isnan(lse[0]).all()
+
+
+@pytest.mark.ops("flash_mla_sparse_fwd")
 def test_an_empty_head_beside_infinite_values(device):
     """A head all of whose scores are -inf has zeros, whatever the values."""
     case = sparse_case(3, 5, 96, 64, 60, 32, BF16, device, sink=True)
@@ -387,15 +402,19 @@ def test_sparse_decode_head_counts(device, name, h_q):
 
 
 def as_prefill(case):
-    """A case of one query token a request, as prefill over the same cache."""
+    """A case of decode without a second cache, as prefill over the same cache."""
+    length = case["topk_length"]
+    if length is not None:
+        length = length.repeat_interleave(case["q"].shape[1]) if length.dim() == 1 else length
+        length = length.flatten()
     return {
-        "q": case["q"].squeeze(1),
+        "q": case["q"].flatten(0, 1),
         "kv": case["k_cache"],
-        "indices": case["indices"],
+        "indices": case["indices"].flatten(0, 1).unsqueeze(1),
         "sm_scale": case["q"].shape[-1] ** -0.5,
         "d_v": case["head_dim_v"],
         "attn_sink": case["attn_sink"],
-        "topk_length": case["topk_length"],
+        "topk_length": length,
     }
 
 
@@ -420,7 +439,7 @@ def test_sparse_fwd_over_caches(device, name, h_q, page_size):
 @pytest.mark.parametrize("name", FORMATS)
 def test_sparse_fwd_over_caches_of_any_scale(device, name, scale, h_q):
     """The largest logit is below the base of the softmax where scales are far apart."""
-    case = as_prefill(cache_case(name, device, s_q=1, h_q=h_q, topk=150))
+    case = as_prefill(cache_case(name, device, h_q=h_q, topk=150))
     check_sparse(case | {"sm_scale": scale}, DECODE_TOLERANCE)
 
 

@@ -37,7 +37,14 @@ from helpers import (
     storage_bytes,
     threads,
 )
-from test_attention import cache_case, check_cache, check_sparse, dense_case, sparse_case
+from test_attention import (
+    as_prefill,
+    cache_case,
+    check_cache,
+    check_sparse,
+    dense_case,
+    sparse_case,
+)
 from test_indexer import paged_case, prefill
 from tiny_cases import KINDS, assert_equal_values, make, run, working_cases, workspace
 
@@ -269,6 +276,16 @@ def test_sparse_fwd_head_counts(h_q):
 
 
 @pytest.mark.usefixtures("attention_kernel")
+@pytest.mark.parametrize("h_q", [1, 8, 17, 32, 64, 130])
+@pytest.mark.parametrize("name", FORMATS)
+def test_sparse_fwd_over_caches_head_counts(name, h_q):
+    case = as_prefill(cache_case(name, DEVICE, s_q=1, h_q=h_q, topk=257, lengths="b", sink=True))
+    check_sparse(case, DECODE_TOLERANCE)
+    for scale in (-0.05, 30.0):
+        check_sparse(case | {"sm_scale": scale}, DECODE_TOLERANCE)
+
+
+@pytest.mark.usefixtures("attention_kernel")
 @pytest.mark.parametrize("d_qk", [512, 576])
 @pytest.mark.parametrize("h_q", [5, 8, 16, 20, 32, 64])
 def test_sparse_fwd_of_more_tokens_than_sms(h_q, d_qk):
@@ -391,12 +408,19 @@ def test_sparse_decode_candidates(name, h_q, topk):
 FP8_FORMATS = [name for name, fmt in FORMATS.items() if fmt.fp8]
 
 
-@pytest.fixture(params=["sm90a_kvcache_fwd", "portable_kvcache_fwd"])
+FP8_KERNELS = (
+    ("sm90a_kvcache_fwd", "sm90a_fp8_sparse_fwd"),
+    ("portable_kvcache_fwd", "portable_sparse_fwd"),
+)
+
+
+@pytest.fixture(params=FP8_KERNELS, ids=lambda kernels: kernels[0])
 def decode_kernel(request, monkeypatch):
     """Each of the kernels that take FP8 caches, whichever dispatch would choose."""
-    if refusal := _C.kernel_refusal(request.param, torch.cuda.current_device()):
-        pytest.skip(f"needs {refusal}")
-    monkeypatch.setenv("DSA_FORCE_KERNEL", request.param)
+    for kernel in request.param:
+        if refusal := _C.kernel_refusal(kernel, torch.cuda.current_device()):
+            pytest.skip(f"needs {refusal}")
+    monkeypatch.setenv("DSA_FORCE_KERNEL", ",".join(request.param))
 
 
 class Fp8Rows:
@@ -507,6 +531,7 @@ def test_fp8_decode_of_a_head_that_is_not_finite(name, value):
     case = cache_case(name, DEVICE, batch=2, h_q=64, topk=200)
     case["q"][:, :, 5, 7] = value
     check_gentle(case)
+    check_sparse(as_prefill(case), DECODE_TOLERANCE)
 
 
 @pytest.mark.usefixtures("decode_kernel")
@@ -539,6 +564,8 @@ def test_fp8_decode_of_an_empty_head_beside_infinite_values(name):
     out, lse = check_cache(case)
     assert (out[:, :, 3] == 0).all()
     assert (lse[:, 3] == INF).all()
+    _, max_logits, _ = check_sparse(as_prefill(case), DECODE_TOLERANCE)
+    assert (max_logits[:, 3] == -INF).all()
 
 
 @pytest.mark.parametrize("name", FP8_FORMATS)
@@ -587,6 +614,7 @@ def test_fp8_decode_of_values_that_are_not_numbers(name, where):
             dim = 3 if where == "first code" else rows.d_nope - 1
             rows.codes[(*rows.at(slot), dim)] = 0xFF if negative else 0x7F
         check_gentle(case)
+        check_sparse(as_prefill(case), DECODE_TOLERANCE)
 
 
 @pytest.mark.usefixtures("attention_kernel")

@@ -639,6 +639,18 @@ WRONG = [
     (sparse, {"kv": t(9, 0, 1, 96, dtype=BF16)}, "kv: expected page_size >= 1, got 0"),
     (
         sparse,
+        {"kv": t(9, 1, 96, dtype=UINT8)},
+        "kv: expected uint8 or int8 or float8_e4m3fn [pages, page_size, 1, 584], got uint8 "
+        "[9, 1, 96]",
+    ),
+    (
+        sparse,
+        {"q": t(2, 3, 576, dtype=BF16), "kv": i32(9, 8, 1, 656)},
+        "kv: expected uint8 or int8 or float8_e4m3fn [pages, page_size, 1, 656], got int32 "
+        "[9, 8, 1, 656]",
+    ),
+    (
+        sparse,
         {"kv": t(9, 8, 1, 656, dtype=UINT8)},
         "q: expected d_qk 576 (656-byte rows) or 512 (584-byte rows) with an 8-bit kv, got 96",
     ),

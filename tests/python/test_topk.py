@@ -220,6 +220,24 @@ def test_index_base_of_numpy_is_not_ignored(device):
 
 
 @pytest.mark.ops("topk_select")
+@pytest.mark.parametrize("page_size", [(1 << 30) - 1, 1 << 30, (1 << 30) + 1, INT_MAX])
+def test_slots_of_vast_pages(device, page_size):
+    """Past 2^31 - 1 there are none."""
+    entries = int32([0, 1, 2, 3, -1, INT_MAX, -INT_MAX], device)
+    for base in (0, page_size - 20, INT_MAX - 39):
+        rows, columns = len(entries), 40
+        table = entries[:, None].expand(rows, 3).contiguous()
+        scores = torch.randn(rows, columns, device=device)
+        got = dsa_ext.topk_select(
+            scores, 7, index_base=base, block_table=table, page_size=page_size
+        )
+        expected = reference.topk_select(
+            scores, 7, index_base=base, block_table=table, page_size=page_size
+        )
+        assert_same_bits(got, expected)
+
+
+@pytest.mark.ops("topk_select")
 @pytest.mark.parametrize("page_size", [1, 7, 64])
 def test_select_slots(device, page_size):
     """A token without a page is -1 in its place; the rest keep the order of their positions."""

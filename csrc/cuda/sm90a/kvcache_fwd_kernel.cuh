@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of decode over the paged FP8 caches, V3.2's and V4's, on Hopper: sparse, by slots, or
-// dense.
+// Attention over the paged FP8 caches, V3.2's and V4's, on Hopper: decode, sparse, by slots, or
+// dense, and sparse prefill.
 //
 // Tile       64 tokens, whose values and RoPE are K, and whose values, of V4 also RoPE, are V, by
 //            8, 16, 32 or 64 heads of a query token. Both products have tokens or dims as the rows

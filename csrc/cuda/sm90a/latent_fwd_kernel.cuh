@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention over 16-bit latents on Hopper: sparse prefill, and decode over the paged cache, sparse
-// or dense. With 64 heads a tile, or, if there are no more than these, 8, 16 or 32.
+// or dense. A tile has 64 heads, or 8, 16 or, in prefill, 32 if there are no more than these.
 //
 // 64 heads
 // Tile       a query token's heads by two blocks of 64 tokens: scores S = Q K^T [64, 64] of each

@@ -16,12 +16,13 @@ def softmax_terms(logits: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor
     """Unnormalised masked softmax over the last dimension.
 
     logits [..., n], valid bool broadcastable to it. Returns (terms [..., n], their sum with 1 for
-    an empty row, the largest logit (-inf if empty), log-sum-exp (finite, meaningless if empty)). A
-    row is empty if its terms are all 0.
+    an empty row, the largest logit (-inf if empty, +inf also beside NaN), log-sum-exp (finite,
+    meaningless if empty)). A row is empty if its terms are all 0.
     """
     logits = logits.masked_fill(~valid, float("-inf"))
     if logits.shape[-1]:
         peak = logits.detach().amax(dim=-1)
+        peak = peak.masked_fill(torch.isposinf(logits.detach()).any(dim=-1), float("inf"))
     else:
         peak = logits.new_full(logits.shape[:-1], float("-inf"))
     shift = torch.where(torch.isneginf(peak), 0.0, peak)
@@ -69,6 +70,11 @@ def flash_mla_sparse_fwd(
     valid: out 0, max_logits -inf, lse +inf. Differentiable in q, float kv and attn_sink; max_logits
     is detached.
     """
+    if kv.dim() == 3 and kv.element_size() == 1:
+        raise ValueError(
+            "flash_mla_sparse_fwd: kv: expected bytes [pages, page_size, 1, 656 | 584], got "
+            f"{list(kv.shape)}"
+        )
     cache = kv.unsqueeze(0) if kv.dim() == 3 else kv
     source = (cache, indices.squeeze(1).to(torch.int64), _per_query(topk_length, indices))
     return _attend_slots(q.unsqueeze(1), [source], d_v, sm_scale, attn_sink, out_dtype or q.dtype)
