@@ -8,6 +8,7 @@
 
 #include "cuda/common/attention_args.h"
 #include "cuda/common/attention_result.cuh"
+#include "cuda/ptx/special_registers.cuh"
 
 namespace dsa::cuda {
 
@@ -31,12 +32,9 @@ struct AttentionPlace {
     partial = (std::int64_t{launch_row} * args.num_splits + split) * args.num_heads + first_head;
   }
 
-  // Of grid x and y, read anew, so that it can be found again where it is needed: registers may be
-  // short between.
+  // Of this CTA, to be found again where it is needed: registers may be short between.
   __device__ static AttentionPlace of_cta(const AttentionArgs& args, int heads_of_tile) {
-    unsigned x, split;
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
-    asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(split));
+    const std::uint32_t x = ptx::cta_x(), split = ptx::cta_y();  // in this order
     return {args, heads_of_tile, x, split};
   }
 };

@@ -9,12 +9,6 @@ namespace dsa::cuda {
 
 inline constexpr float kAttentionInf = __builtin_huge_valf();
 
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // The factor of an output that is 0 whatever was accumulated; others are not below 0.
 inline constexpr float kZeroOutput = -1.0f;
 

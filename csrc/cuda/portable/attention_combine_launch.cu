@@ -9,6 +9,7 @@
 #include "cuda/common/launch.h"
 #include "cuda/common/pair.cuh"
 #include "cuda/common/vector.cuh"
+#include "cuda/ptx/arithmetic.cuh"
 
 namespace dsa::cuda {
 namespace {
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
   for (int first = 0; first < args.num_splits; first += 32) {
     const float own = lse2_of(first + lane);
     const unsigned filled = __ballot_sync(kAllLanes, own != -kAttentionInf);
-    const float own_weight = own == -kAttentionInf ? 0.0f : exp2_approx(own - base);
+    const float own_weight = own == -kAttentionInf ? 0.0f : ptx::exp2_approx(own - base);
     constexpr int kTogether = 8;
     for (int s = 0; s < 32 && filled >> s != 0; s += kTogether) {
       float4 x[kTogether] = {};

@@ -8,6 +8,7 @@
 
 #include "cuda/common/attention_result.cuh"
 #include "cuda/portable/attention_fragments.cuh"
+#include "cuda/ptx/arithmetic.cuh"
 
 namespace dsa::cuda {
 
@@ -178,7 +179,7 @@ class AttentionTile {
         float alpha = 1.0f;
         base[half] = shared_.base[tile & 1][head];
         if (largest > base[half] + kLazyRescale) {
-          alpha = exp2_approx(base[half] - largest);
+          alpha = ptx::exp2_approx(base[half] - largest);
           base[half] = largest;
           sum_[i] *= alpha;
           weight_[i] *= alpha;
@@ -194,8 +195,8 @@ class AttentionTile {
       for (int n = 0; n < kNTiles; ++n) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float p0 = exp2_approx(scores_[m][n][2 * half] - base[half]);
-          const float p1 = exp2_approx(scores_[m][n][2 * half + 1] - base[half]);
+          const float p0 = ptx::exp2_approx(scores_[m][n][2 * half] - base[half]);
+          const float p1 = ptx::exp2_approx(scores_[m][n][2 * half + 1] - base[half]);
           sum_[2 * m + half] += p0 + p1;
           if constexpr (!Config::kIsV32) {
             const std::uint32_t packed = pack<ValueElement>(p0, p1);

@@ -20,14 +20,9 @@
 
 #include "cuda/portable/mqa_logits_config.h"
 #include "cuda/portable/mqa_logits_products.cuh"
+#include "cuda/ptx/arithmetic.cuh"
 
 namespace dsa::cuda {
-
-__device__ __forceinline__ float relu(float x) {  // of a NaN: NaN
-  float y;
-  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // Stores without a branch, which would end what the compiler can overlap.
 __device__ __forceinline__ void store_if(bool condition, float* to, float x) {
@@ -284,8 +279,8 @@ class MqaScores {
         float sum = 0.0f;
 #pragma unroll
         for (int m = query * kQueryMTiles; m < (query + 1) * kQueryMTiles; ++m) {
-          sum = fmaf(weights_[m][0], relu(acc[m][i]), sum);
-          sum = fmaf(weights_[m][1], relu(acc[m][i + 2]), sum);
+          sum = fmaf(weights_[m][0], ptx::relu(acc[m][i]), sum);
+          sum = fmaf(weights_[m][1], ptx::relu(acc[m][i + 2]), sum);
         }
         sums_[(query * kSumTiles + n % kSumTiles) * 2 + i] = sum;
       }

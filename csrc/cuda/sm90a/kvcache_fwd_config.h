@@ -7,7 +7,6 @@
 
 #include "cuda/common/attention_keys.cuh"
 #include "cuda/ptx/mbarrier.cuh"
-#include "cuda/sm90a/named_barrier.cuh"
 #include "dsa/kv_layout.h"
 
 namespace dsa::cuda::sm90a {
@@ -111,13 +110,6 @@ struct OperandPair {
     for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(first[i]), "+r"(second[i])::"memory");
   }
 };
-
-// threadIdx.x, read anew: registers are too short to keep it for all roles.
-__device__ __forceinline__ int thread_index() {
-  int x;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
-  return x;
-}
 
 // Barriers of part of the CTA, by bar.sync; 0 is all of it.
 inline constexpr int kMathBarrier = 1, kValueBarrier = 2;  // all but the producer; the output's

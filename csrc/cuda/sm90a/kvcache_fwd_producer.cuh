@@ -11,6 +11,7 @@
 #include "cuda/common/attention_args.h"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/special_registers.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/sm90a/kvcache_fwd_config.h"
 #include "dsa/kv_layout.h"
@@ -31,7 +32,7 @@ class KvCacheFwdProducer {
         args_(args),
         copies_(warp < Config::kCopyWarps),
         half_(warp % 2),
-        lane_(thread_index() % 32) {}
+        lane_(ptx::thread_index() % 32) {}
 
   __device__ void run() {
     if (copies_) {

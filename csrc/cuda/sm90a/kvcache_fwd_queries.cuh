@@ -8,6 +8,8 @@
 #include "cuda/common/pair.cuh"
 #include "cuda/ptx/ldst.cuh"
 #include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/named_barrier.cuh"
+#include "cuda/ptx/special_registers.cuh"
 #include "cuda/sm90a/kvcache_fwd_config.h"
 
 namespace dsa::cuda::sm90a {
@@ -29,7 +31,7 @@ template <typename Config>
 __device__ QueryScale convert_queries(typename Config::SharedStorage& shared) {
   constexpr int kWarps = Config::kReaderWarps, kThreads = 32 * kWarps;
   constexpr int kParts = (Config::kNope + 255) / 256, kChunks = Config::kNope / 8;
-  const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
+  const int thread = ptx::thread_index(), warp = thread / 32, lane = thread % 32;
   const auto chunk = [&](int head, int i) -> uint4& {
     return *reinterpret_cast<uint4*>(shared.q[i / 8] + head * 128 + (i % 8 ^ head % 8) * 16);
   };
@@ -55,7 +57,7 @@ __device__ QueryScale convert_queries(typename Config::SharedStorage& shared) {
   });
   largest = __reduce_max_sync(~0u, std::max(largest & 0xFFFFu, largest >> 16));
   if (lane == 0) shared.query_bits[warp] = largest;
-  named_sync<kMathBarrier, kThreads>();
+  ptx::named_sync<kMathBarrier, kThreads>();
   for (const std::uint32_t bits : shared.query_bits) largest = std::max(largest, bits);
   // 2^15 / 2^(e - 126) brings [2^(e-127), 2^(e-126)) under 2^15; inf and NaN stay.
   const QueryScale scale{std::min(127 + 15 + 126 + 1 - std::max(largest >> 7, 101u), 254u)};
@@ -80,7 +82,7 @@ __device__ QueryScale convert_queries(typename Config::SharedStorage& shared) {
     shared.has_base[thread] = 0;
   }
   ptx::fence_async_shared();  // for wgmma, which reads what all threads wrote
-  named_sync<kMathBarrier, kThreads>();
+  ptx::named_sync<kMathBarrier, kThreads>();
   return scale;
 }
 

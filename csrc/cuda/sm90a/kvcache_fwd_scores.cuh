@@ -8,9 +8,12 @@
 #include "core/pipeline_state.h"
 #include "cuda/common/pair.cuh"
 #include "cuda/common/unrolled.cuh"
+#include "cuda/ptx/arithmetic.cuh"
 #include "cuda/ptx/cvt_e4m3.cuh"
 #include "cuda/ptx/ldst.cuh"
 #include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/named_barrier.cuh"
+#include "cuda/ptx/special_registers.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90a/kvcache_fwd_config.h"
 
@@ -22,7 +25,7 @@ class KvCacheFwdScores {
   using SharedStorage = typename Config::SharedStorage;
 
   __device__ explicit KvCacheFwdScores(SharedStorage& shared)
-      : shared_(shared), warp_(thread_index() / 32 % 4), lane_(thread_index() % 32) {}
+      : shared_(shared), warp_(ptx::thread_index() / 32 % 4), lane_(ptx::thread_index() % 32) {}
 
   __device__ void run() {
     auto stage = PipelineState<Config::kStages>::consumer_start();
@@ -32,13 +35,13 @@ class KvCacheFwdScores {
       if constexpr (kSums == 2) add_sums(stage.index);
       __syncwarp();
       if (lane_ == 0) ptx::mbarrier_arrive(shared_.empty_raw[stage.index]);
-      if (tile > 0) named_sync<kEmptyScores, Config::kMathThreads>();
+      if (tile > 0) ptx::named_sync<kEmptyScores, Config::kMathThreads>();
 #pragma unroll
       for (int j = 0; j < Config::kHeads / 8; ++j) {
         const float* x = &scores_[0][4 * j];
         shared_.scores[j][32 * warp_ + lane_] = {x[0], x[1], x[2], x[3]};
       }
-      named_arrive<kFullScores, Config::kMathThreads>();
+      ptx::named_arrive<kFullScores, Config::kMathThreads>();
     }
   }
 
@@ -158,8 +161,7 @@ class KvCacheFwdScores {
     const float ratio[2] = {ratios[row(0)], ratios[row(1)]};
 #pragma unroll
     for (int i = 0; i < 2 * kColumns; ++i) {
-      // In place: the compiler would take other registers, of which there are none.
-      asm volatile("mul.f32 %0, %0, %1;" : "+f"(sum[i]) : "f"(ratio[i / 2 % 2]));
+      ptx::multiply_in_place(sum[i], ratio[i / 2 % 2]);
     }
   }
 

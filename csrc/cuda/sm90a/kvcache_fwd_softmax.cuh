@@ -8,7 +8,9 @@
 
 #include "cuda/common/attention_result.cuh"
 #include "cuda/common/pair.cuh"
+#include "cuda/ptx/arithmetic.cuh"
 #include "cuda/ptx/ldst.cuh"
+#include "cuda/ptx/named_barrier.cuh"
 #include "cuda/sm90a/kvcache_fwd_config.h"
 
 namespace dsa::cuda::sm90a {
@@ -64,8 +66,9 @@ class KvCacheFwdSoftmax {
         }
       }
     }
-    const bool moves = named_any<kValueBarrier, Config::kValueThreads>(active() && is_above(x));
-    if (!is_last) named_arrive<kEmptyScores, Config::kMathThreads>();
+    const bool moves =
+        ptx::named_any<kValueBarrier, Config::kValueThreads>(active() && is_above(x));
+    if (!is_last) ptx::named_arrive<kEmptyScores, Config::kMathThreads>();
     if (moves) move_bases(x);
     if (active()) store_p(x, up);
     return moves;
@@ -82,7 +85,7 @@ class KvCacheFwdSoftmax {
     const float base = has_head ? shared_.bases[head] : 0.0f;
     float largest = sum == 0.0f ? -kAttentionInf : base;
     if constexpr (Config::kHasMaxima) {
-      named_sync<kValueBarrier, Config::kValueThreads>();
+      ptx::named_sync<kValueBarrier, Config::kValueThreads>();
       publish_maxima();
       largest = -kAttentionInf;
       for (int warp = 0; warp < 4 && has_head; ++warp) {
@@ -136,7 +139,7 @@ class KvCacheFwdSoftmax {
     }
     auto* rows = reinterpret_cast<float*>(shared_.p[0]);
     if (active()) rows[warp_ * Config::kHeads + head(own / 2) + own % 2] = maximum_;
-    named_sync<kValueBarrier, Config::kValueThreads>();
+    ptx::named_sync<kValueBarrier, Config::kValueThreads>();
   }
 
   __device__ bool is_above(const float (&x)[4 * kBlocks]) const {
@@ -157,7 +160,7 @@ class KvCacheFwdSoftmax {
         *reinterpret_cast<float2*>(&row[head(j)]) = {x[2 * j], x[2 * j + 1]};
       }
     }
-    named_sync<kValueBarrier, Config::kValueThreads>();
+    ptx::named_sync<kValueBarrier, Config::kValueThreads>();
     return rows;
   }
 
@@ -180,11 +183,11 @@ class KvCacheFwdSoftmax {
       if (!has_any) up = 0.0f;
       shared_.bases[h] += up;
       shared_.ups[h] = up;
-      shared_.factors[h] = has_base != 0 ? exp2_approx(-up) : 1.0f;
+      shared_.factors[h] = has_base != 0 ? ptx::exp2_approx(-up) : 1.0f;
       has_base = has_any ? 1 : 0;
       lacks = !has_any;
     }
-    has_bases_ = !named_any<kValueBarrier, Config::kValueThreads>(lacks);
+    has_bases_ = !ptx::named_any<kValueBarrier, Config::kValueThreads>(lacks);
     if (!active()) return;
 #pragma unroll
     for (int j = 0; j < kBlocks; ++j) {
@@ -204,7 +207,7 @@ class KvCacheFwdSoftmax {
     std::uint32_t words[2 * kBlocks], rope_words[2 * kBlocks];
 #pragma unroll
     for (int i = 0; i < 2 * kBlocks; ++i) {
-      const float p0 = exp2_approx(x[2 * i]), p1 = exp2_approx(x[2 * i + 1]);
+      const float p0 = ptx::exp2_approx(x[2 * i]), p1 = ptx::exp2_approx(x[2 * i + 1]);
       sums_[i / 2 * 2] = fmaf(p0, up[i % 2], sums_[i / 2 * 2]);
       sums_[i / 2 * 2 + 1] = fmaf(p1, up[i % 2], sums_[i / 2 * 2 + 1]);
       words[i] = pack<__half>(p0, p1);

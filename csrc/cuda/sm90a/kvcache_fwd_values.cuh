@@ -12,6 +12,8 @@
 #include "cuda/ptx/cvt_e4m3.cuh"
 #include "cuda/ptx/ldst.cuh"
 #include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/named_barrier.cuh"
+#include "cuda/ptx/special_registers.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90a/kvcache_fwd_config.h"
 #include "cuda/sm90a/kvcache_fwd_softmax.cuh"
@@ -27,8 +29,8 @@ class KvCacheFwdValues {
   __device__ KvCacheFwdValues(SharedStorage& shared, float factor, int half)
       : shared_(shared),
         half_(half),
-        warp_(thread_index() / 32 % 4),
-        lane_(thread_index() % 32),
+        warp_(ptx::thread_index() / 32 % 4),
+        lane_(ptx::thread_index() % 32),
         softmax_(shared, factor, half_, warp_, lane_) {}
 
   __device__ void run() {
@@ -40,7 +42,7 @@ class KvCacheFwdValues {
     auto stage = PipelineState<Config::kStages>::consumer_start();
     for (int tile = 0; tile < shared_.tiles; ++tile, stage.advance()) {
       // All are here: P before is read.
-      named_sync<kFullScores, Config::kMathThreads>();
+      ptx::named_sync<kFullScores, Config::kMathThreads>();
       const bool moves = softmax_.make_p(stage.index, tile + 1 == shared_.tiles);
       if (moves && tile > 0) rescale();
       ptx::mbarrier_wait(shared_.full_raw[stage.index], stage.phase);
@@ -52,14 +54,14 @@ class KvCacheFwdValues {
       __syncwarp();
       if (lane_ == 0) ptx::mbarrier_arrive(shared_.empty_raw[stage.index]);
     }
-    named_sync<kValueBarrier, Config::kValueThreads>();
+    ptx::named_sync<kValueBarrier, Config::kValueThreads>();
   }
 
   // After run; as KvCacheFwdSoftmax::finish.
   template <typename Use>
   __device__ void finish(Use&& use) {
     softmax_.finish(use);
-    named_sync<kValueBarrier, Config::kValueThreads>();
+    ptx::named_sync<kValueBarrier, Config::kValueThreads>();
   }
 
   // The output of `heads` heads, bf16 or fp32, head h's at out + h * stride, by way of shared
@@ -67,7 +69,7 @@ class KvCacheFwdValues {
   template <typename Element>
   __device__ void store(Element* out, std::int64_t stride, int heads, bool aligned) const {
     stage();
-    named_sync<kValueBarrier, Config::kValueThreads>();
+    ptx::named_sync<kValueBarrier, Config::kValueThreads>();
     constexpr int kWarps = Config::kValueThreads / 32;
     constexpr int kCount = 16 / static_cast<int>(sizeof(Element));  // elements of 16 bytes
     constexpr int kTurns = Config::kDimV / (32 * kCount);
@@ -224,7 +226,7 @@ class KvCacheFwdValues {
         widen(c[2], seconds.x, a.second[0], a.second[1]);
         widen(c[3], seconds.y, a.second[2], a.second[3]);
       }
-      if (step == 0) named_sync<kValueBarrier, Config::kValueThreads>();
+      if (step == 0) ptx::named_sync<kValueBarrier, Config::kValueThreads>();
       ptx::wgmma_fence();
       ptx::wgmma_16_bit<__half>(out_[2 * pair], a.first, p + tokens * 2, true);
       float (&second)[Config::kHeads / 2] = out_[2 * pair + 1];

@@ -7,11 +7,12 @@
 
 #include "cuda/common/attention_result.cuh"
 #include "cuda/common/pair.cuh"
+#include "cuda/ptx/arithmetic.cuh"
 #include "cuda/ptx/ldst.cuh"
 #include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/named_barrier.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90a/latent_fwd_config.h"
-#include "cuda/sm90a/named_barrier.cuh"
 
 namespace dsa::cuda::sm90a {
 
@@ -133,7 +134,7 @@ class LatentFwdFew {
   static constexpr float kSlack = 8.0f;
 
   static constexpr int kBarrier = LatentFwdBarrier::kWorker + kOwn;
-  __device__ static void sync() { named_sync<kBarrier, 128>(); }
+  __device__ static void sync() { ptx::named_sync<kBarrier, 128>(); }
 
   __device__ void begin() {
 #pragma unroll
@@ -216,7 +217,7 @@ class LatentFwdFew {
       maxima_[i] = fmaxf(maxima_[i], largest);
       above |= largest > bases_[i] + kSlack;
     }
-    if (named_any<kBarrier, 128>(above)) move_bases();  // and P before is read
+    if (ptx::named_any<kBarrier, 128>(above)) move_bases();  // and P before is read
     make_p();
     sync();
   }
@@ -234,7 +235,7 @@ class LatentFwdFew {
       for (int k = 0; k < 2; ++k) {
         const float base = bases_[mine(2 * i + k)];
         const float shift = base == -kAttentionInf ? 0.0f : base;
-        p[k] = exp2_approx(fmaf(scores_[2 * i + k], scale_log2_, -shift));
+        p[k] = ptx::exp2_approx(fmaf(scores_[2 * i + k], scale_log2_, -shift));
         sums_[mine(2 * i + k)] += p[k];
       }
       words[i] = pack<Element>(p[0], p[1]);
@@ -282,7 +283,7 @@ class LatentFwdFew {
         largest = fmaxf(largest, heads.maxima[warp][head(i)]);
       }
       const bool moves = largest > bases_[i] + kSlack;  // also the first one of all
-      factors[i] = moves ? exp2_approx(bases_[i] - largest) : 1.0f;
+      factors[i] = moves ? ptx::exp2_approx(bases_[i] - largest) : 1.0f;
       if (moves) bases_[i] = largest;
       sums_[i] *= factors[i];
       weights_[i] *= factors[i];

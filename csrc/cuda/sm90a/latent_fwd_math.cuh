@@ -7,11 +7,12 @@
 
 #include "cuda/common/attention_result.cuh"
 #include "cuda/common/pair.cuh"
+#include "cuda/ptx/arithmetic.cuh"
 #include "cuda/ptx/ldst.cuh"
 #include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/named_barrier.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90a/latent_fwd_config.h"
-#include "cuda/sm90a/named_barrier.cuh"
 
 namespace dsa::cuda::sm90a {
 
@@ -38,7 +39,7 @@ class LatentFwdMath {
           finish_qk<0>(true);
         }
       }
-      if (n > 0) named_sync<LatentFwdBarrier::kStored, Config::kMathThreads>();
+      if (n > 0) ptx::named_sync<LatentFwdBarrier::kStored, Config::kMathThreads>();
       int left = tiles_;
       const bool has_tiles = left > 0;
       tiles_ = -1;
@@ -88,7 +89,7 @@ class LatentFwdMath {
         shared_.math.maxima[row(i)] = maxima_[i];
       }
     }
-    named_sync<LatentFwdBarrier::kMath, Config::kMathThreads>();
+    ptx::named_sync<LatentFwdBarrier::kMath, Config::kMathThreads>();
     if (kOwn == 0 && lane_ % 4 < 2) {
       const bool second = lane_ % 2 != 0;
       const auto mine = [&](float x, float y) { return second ? y : x; };
@@ -100,7 +101,7 @@ class LatentFwdMath {
                                fmaxf(mine(maxima_[0], maxima_[1]), shared_.math.maxima[head])));
     }
     __syncwarp();
-    named_sync<LatentFwdBarrier::kMath, Config::kMathThreads>();
+    ptx::named_sync<LatentFwdBarrier::kMath, Config::kMathThreads>();
 #pragma unroll
     for (int i = 0; i < 2; ++i) factors_[i] = shared_.math.out_factor[row(i)];
     if (factors_[0] < 0.0f || factors_[1] < 0.0f) {  // whatever was summed
@@ -165,7 +166,7 @@ class LatentFwdMath {
 
   // After the last store of a work.
   __device__ void end(bool is_last) const {
-    if (kOwn == 1 && !is_last) named_arrive<LatentFwdBarrier::kStored, Config::kMathThreads>();
+    if (kOwn == 1 && !is_last) ptx::named_arrive<LatentFwdBarrier::kStored, Config::kMathThreads>();
   }
 
  private:
@@ -324,7 +325,7 @@ class LatentFwdMath {
       largest[i] *= scale_log2_;
       maxima_[i] = fmaxf(maxima_[i], largest[i]);
       const bool moves = largest[i] > bases_[i] + kSlack;  // also the first one of all
-      factors_[i] = moves ? exp2_approx(bases_[i] - largest[i]) : 1.0f;
+      factors_[i] = moves ? ptx::exp2_approx(bases_[i] - largest[i]) : 1.0f;
       if (moves) bases_[i] = largest[i];
       above |= moves;
       shift[i] = bases_[i] == -kAttentionInf ? 0.0f : bases_[i];
@@ -335,8 +336,8 @@ class LatentFwdMath {
     for (int j = 0; j < 8; ++j) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float p0 = exp2_approx(fmaf(scores_[4 * j + 2 * i], scale_log2_, -shift[i]));
-        const float p1 = exp2_approx(fmaf(scores_[4 * j + 2 * i + 1], scale_log2_, -shift[i]));
+        const float p0 = ptx::exp2_approx(fmaf(scores_[4 * j + 2 * i], scale_log2_, -shift[i]));
+        const float p1 = ptx::exp2_approx(fmaf(scores_[4 * j + 2 * i + 1], scale_log2_, -shift[i]));
         sums_[i] += p0 + p1;
         p_[j / 2][j % 2 * 2 + i] = pack<Element>(p0, p1);
       }
@@ -357,14 +358,14 @@ class LatentFwdMath {
     for (int step = 0; step < 4; ++step) {
       ptx::stmatrix_x4(matrix_address(shared_.p[0], 2 * step), p_[step]);
     }
-    named_arrive<LatentFwdBarrier::kFullP + kOwn, Config::kMathThreads>();
+    ptx::named_arrive<LatentFwdBarrier::kFullP + kOwn, Config::kMathThreads>();
   }
 
   // The other block's P, whose rows are there too, for this warpgroup's wgmma as for the other's;
   // and the other's bases become this one's. Warps read what the same warp of the other one has
   // written.
   __device__ void take_over() {
-    named_sync<LatentFwdBarrier::kFullP + kOther, Config::kMathThreads>();
+    ptx::named_sync<LatentFwdBarrier::kFullP + kOther, Config::kMathThreads>();
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
       ptx::ldmatrix_x4(p_[step], matrix_address(shared_.p[0], 2 * step));

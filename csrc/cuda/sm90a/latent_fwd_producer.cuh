@@ -12,9 +12,9 @@
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/ldst.cuh"
 #include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/named_barrier.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/sm90a/latent_fwd_config.h"
-#include "cuda/sm90a/named_barrier.cuh"
 
 namespace dsa::cuda::sm90a {
 
@@ -98,10 +98,10 @@ class LatentFwdProducer {
 
   // By all threads. The task before the last one has been done by all of them.
   __device__ void prepare(const LatentFwdWork& work, unsigned n) const {
-    named_sync<LatentFwdBarrier::kProducer + kPlace, Config::kProducerThreads>();
+    ptx::named_sync<LatentFwdBarrier::kProducer + kPlace, Config::kProducerThreads>();
     if (warp_ == 0 && lane_ == 0) find_latent_task<Config>(args_, work, task(n));
     __syncwarp();
-    named_sync<LatentFwdBarrier::kProducer + kPlace, Config::kProducerThreads>();
+    ptx::named_sync<LatentFwdBarrier::kProducer + kPlace, Config::kProducerThreads>();
   }
 
   // q, as rows are copied, and what the mathematics has to know of their work.

@@ -8,6 +8,7 @@
 
 #include "core/pipeline_state.h"
 #include "cuda/common/launch.h"
+#include "cuda/ptx/arithmetic.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90a/mqa_logits_config.h"
@@ -201,13 +202,6 @@ class MqaLogitsMath {
     ptx::wgmma_commit();
   }
 
-  // max(x, 0), a NaN stays one: on the integer pipe, at half the rate of a sum.
-  __device__ static float relu(float x) {
-    float y;
-    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
-    return y;
-  }
-
   // The sum over heads of this lane's key and query of the i-th two queries.
   __device__ __forceinline__ float sum_heads(const float (&d)[kAccumulators], int i) const {
     constexpr int kTogether = kWgQueries < 2 ? 1 : 2;
@@ -222,7 +216,7 @@ class MqaLogitsMath {
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         const float x = d[4 * j + 2 * row], y = d[4 * j + 2 * row + 1];
-        sum[row] = fmaf(relu(x), weight_[2 * j], sum[row]);
+        sum[row] = fmaf(ptx::relu(x), weight_[2 * j], sum[row]);
         sum[row] = fmaf(y + fabsf(y), weight_[2 * j + 1], sum[row]);
       }
     }

@@ -9,6 +9,7 @@
 
 #include "cuda/common/launch.h"
 #include "cuda/ptx/cluster.cuh"
+#include "cuda/ptx/special_registers.cuh"
 #include "cuda/topk/output_row.cuh"
 
 namespace dsa::cuda::topk {
@@ -19,12 +20,7 @@ constexpr int ctas_of_sm(int threads) { return std::min(1024 / threads, 16); }
 // A row a CTA, or a cluster. Asked for again rather than kept in registers.
 template <bool kInCluster>
 struct RowPart {
-  static __device__ std::int64_t row() {
-    if constexpr (kInCluster) return ptx::cluster_index();
-    std::uint32_t row;
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(row));
-    return row;
-  }
+  static __device__ std::int64_t row() { return kInCluster ? ptx::cluster_index() : ptx::cta_x(); }
   static __device__ std::uint32_t part() { return kInCluster ? ptx::cluster_rank() : 0; }
   static __device__ std::uint32_t parts() { return kInCluster ? ptx::cluster_size() : 1; }
 };

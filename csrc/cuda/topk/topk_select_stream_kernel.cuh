@@ -25,6 +25,7 @@
 #include "cuda/common/launch.h"
 #include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/ldst.cuh"
+#include "cuda/ptx/special_registers.cuh"
 #include "cuda/topk/candidates.cuh"
 #include "cuda/topk/cta_sum.cuh"
 #include "cuda/topk/output_row.cuh"
@@ -107,8 +108,7 @@ class ScoreStream {
   // Of that one from the chunk's first. Calculated where it is needed: the compiler would keep the
   // offset of each score in a register.
   static __device__ std::uint32_t own_offset() {
-    std::uint32_t thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    const std::uint32_t thread = ptx::thread_index();
     return (thread / kWarpSize * (kGroups * kWarpSize) + thread % kWarpSize) * kGroup;
   }
 

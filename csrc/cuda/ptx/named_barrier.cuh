@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-namespace dsa::cuda::sm90a {
+namespace dsa::cuda::ptx {
 
 template <int kBarrier, int kThreads>
 __device__ __forceinline__ void named_sync() {
@@ -35,4 +35,4 @@ __device__ __forceinline__ bool named_any(bool flag) {
   return any != 0;
 }
 
-}  // namespace dsa::cuda::sm90a
+}  // namespace dsa::cuda::ptx
