@@ -6,7 +6,6 @@
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
@@ -14,58 +13,11 @@
 #include <string>
 #include <vector>
 
-#include "core/fp8.h"
-#include "core/half.h"
-#include "cpu_test_data.h"
+#include "compare.h"
 #include "cuda_device.h"
 #include "dsa/api.h"
 
 namespace dsa::test {
-
-inline std::int64_t element_size(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32:
-    case DType::kInt32: return 4;
-    case DType::kBFloat16:
-    case DType::kFloat16: return 2;
-    case DType::kInt64: return 8;
-    default: return 1;
-  }
-}
-
-// Bytes from the first element of a tensor to the end of its last (strides are not negative).
-inline std::size_t extent_bytes(const TensorView& t) {
-  if (t.numel() == 0) return 0;
-  std::int64_t last = 0;
-  for (int dim = 0; dim < t.ndim; ++dim) last += (t.sizes[dim] - 1) * t.strides[dim];
-  return static_cast<std::size_t>((last + 1) * element_size(t.dtype));
-}
-
-// Calls visit(byte offset) for each element, in row-major order.
-template <typename Visit>
-void for_each_element(const TensorView& t, Visit&& visit) {
-  const std::int64_t count = t.numel();
-  for (std::int64_t i = 0; i < count; ++i) {
-    std::int64_t rest = i, offset = 0;
-    for (int dim = t.ndim - 1; dim >= 0; --dim) {
-      offset += rest % t.sizes[dim] * t.strides[dim];
-      rest /= t.sizes[dim];
-    }
-    visit(static_cast<std::size_t>(offset * element_size(t.dtype)));
-  }
-}
-
-inline float load_float(const std::uint8_t* at, DType dtype) {
-  if (dtype == DType::kFloat8E4M3) return e4m3_decode(*at);
-  if (dtype == DType::kFloat32) {
-    float value;
-    std::memcpy(&value, at, sizeof(value));
-    return value;
-  }
-  std::uint16_t code;
-  std::memcpy(&code, at, sizeof(code));
-  return half_to_float(code, dtype);
-}
 
 // ---- the tensors of each op ---------------------------------------------------------------------
 
@@ -193,45 +145,11 @@ class Mirror {
   std::vector<Entry> at_;
 };
 
-// How an output is compared: by bytes unless it is named with one of these.
-enum class Rule {
-  kLogits,   // difference below 5e-6
-  kDecode,   // difference below 5e-6
-  kPrefill,  // difference below 7e-6
-  kLse,      // each within 1e-6, or 1e-4 of it
-  kEqual,    // the same numbers; -0.0 is 0.0, any NaN another
-};
-
 template <typename P>
 struct Loose {
   TensorView P::* member;
   Rule rule;
 };
-
-inline bool equal(float got, float expected) {
-  return got == expected || (std::isnan(got) && std::isnan(expected));
-}
-
-inline bool lse_close(float got, float expected) {
-  if (!std::isfinite(got) || !std::isfinite(expected)) return equal(got, expected);
-  return std::fabs(got - expected) <= std::fmax(1e-6f, 1e-4f * std::fabs(expected));
-}
-
-// The elements of `got` against those of `expected` (same shape, strides and dtype).
-inline void expect_close(const TensorView& t, const Bytes& got, const std::uint8_t* expected,
-                         Rule rule, const std::string& what) {
-  Difference difference;
-  int wrong = 0;
-  for_each_element(t, [&](std::size_t at) {
-    const float x = load_float(got.data() + at, t.dtype);
-    const float y = load_float(expected + at, t.dtype);
-    const bool alike = rule == Rule::kLse     ? lse_close(x, y)
-                       : rule == Rule::kEqual ? equal(x, y)
-                                              : difference.add(x, y);
-    if (!alike && wrong++ < 3) ADD_FAILURE() << what << ": " << x << " instead of " << y;
-  });
-  EXPECT_LT(difference.value(), rule == Rule::kPrefill ? 7e-6 : 5e-6) << what;
-}
 
 // Everything that a call can reach, on the device and on the host after the host's own call:
 // outputs agree, inputs and what lies between rows are as they were.
@@ -247,7 +165,7 @@ void expect_same_memory(const P& host, const Mirror<P>& mirror,
     const auto* expected = static_cast<const std::uint8_t*>(t.data);
     for (const Loose<P>& entry : loose) {
       if (entry.member != member) continue;
-      expect_close(t, got, expected, entry.rule, what);
+      expect_close(t, got.data(), expected, entry.rule, what);
       const auto size = static_cast<std::size_t>(element_size(t.dtype));
       for_each_element(t, [&](std::size_t at) { std::memcpy(&got[at], expected + at, size); });
     }

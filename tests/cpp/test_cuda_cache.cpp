@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cuda_arena.h"
+#include "arena.h"
 #include "cuda_compare.h"
 #include "cuda_device.h"
 

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda_arena.h"
+#include "arena.h"
 #include "cuda_compare.h"
 #include "cuda_device.h"
 

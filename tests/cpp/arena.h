@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Host tensors of random, hostile or packed contents, for the tests of the CUDA backend.
+// Host tensors of random, hostile or packed contents.
 #pragma once
 
 #include <algorithm>
@@ -9,10 +9,10 @@
 #include <list>
 #include <vector>
 
+#include "compare.h"
 #include "core/fp8.h"
 #include "core/half.h"
 #include "cpu_test_data.h"
-#include "cuda_compare.h"
 #include "dsa/kv_layout.h"
 
 namespace dsa::test {

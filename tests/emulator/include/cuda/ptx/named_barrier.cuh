@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+namespace dsa::cuda::ptx {
+
+template <int kBarrier, int kThreads>
+void named_sync() {
+  emulator::barrier_sync(kBarrier, kThreads);
+}
+template <int kBarrier, int kThreads>
+void named_arrive() {
+  emulator::barrier_arrive(kBarrier, kThreads);
+}
+template <int kBarrier, int kThreads>
+bool named_any(bool flag) {
+  return emulator::barrier_any(kBarrier, kThreads, flag);
+}
+
+}  // namespace dsa::cuda::ptx

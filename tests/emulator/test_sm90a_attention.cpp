@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0
+// The attention kernels of Hopper on the emulator, against the CPU backend.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <string>
+
+#include "arena.h"
+#include "compare.h"
+#include "cuda/cuda_kernels.h"
+#include "dsa/api.h"
+#include "machine.h"
+
+namespace dsa::test {
+namespace {
+
+constexpr DType kF32 = DType::kFloat32;
+constexpr DType kBF16 = DType::kBFloat16;
+constexpr std::int64_t kDimV = 512;
+
+struct Format {
+  const char* name;
+  DType dtype;  // of the cache
+  std::int64_t width, d_qk;
+  DType query;
+};
+const Format kV32{"v32", DType::kUInt8, 656, 576, kBF16}, kV4{"v4", DType::kUInt8, 584, 512, kBF16};
+const Format kBf16{"bf16", kBF16, 576, 576, kBF16},
+    kF16{"f16, no RoPE", DType::kFloat16, 512, 512, DType::kFloat16};
+
+void expect_ok(const Status& status) { EXPECT_TRUE(status.ok()) << status.message(); }
+
+void expect_same(const TensorView& got, const TensorView& expected, Rule rule,
+                 const std::string& what) {
+  expect_close(got, got.ptr<const std::uint8_t>(), expected.ptr<const std::uint8_t>(), rule, what);
+}
+
+// ---- decode -------------------------------------------------------------------------------------
+
+struct DecodeShape {
+  std::int64_t batch, s_q, heads, pages, page_size;
+};
+
+KvCacheFwdParams decode(Arena& arena, const Format& f, const DecodeShape& s) {
+  KvCacheFwdParams p;
+  p.q = arena.floats(f.query, {s.batch, s.s_q, s.heads, f.d_qk}, -0.5f, 0.5f);
+  p.k_cache = arena.empty_cache(f.dtype, s.pages, s.page_size, f.width, 64);
+  arena.fill_latents(p.k_cache);
+  p.head_dim_v = kDimV;
+  p.softmax_scale = 1.0 / std::sqrt(static_cast<double>(f.d_qk));
+  p.is_fp8_kvcache = f.dtype == DType::kUInt8;
+  p.out = arena.empty(f.query, {s.batch, s.s_q, s.heads, kDimV});
+  p.lse = arena.empty(kF32, {s.batch, s.heads, s.s_q});
+  return p;
+}
+
+struct DecodeKernel {
+  Support (*takes)(const KvCacheFwdParams&);
+  std::int64_t (*workspace_bytes)(const KvCacheFwdParams&);
+  Status (*run)(const KvCacheFwdParams&);
+};
+DecodeKernel kernel_of(const KvCacheFwdParams& p) {
+  using namespace cuda;
+  return p.is_fp8_kvcache
+             ? DecodeKernel{sm90a_kvcache_fwd_takes, sm90a_kvcache_fwd_workspace_bytes,
+                            sm90a_kvcache_fwd}
+             : DecodeKernel{sm90a_latent_kvcache_fwd_takes,
+                            sm90a_latent_kvcache_fwd_workspace_bytes, sm90a_latent_kvcache_fwd};
+}
+
+void expect_like_cpu(Arena& arena, const KvCacheFwdParams& p, std::uint64_t seed) {
+  SCOPED_TRACE("seed " + std::to_string(seed));
+  KvCacheFwdParams emulated = p;
+  const std::int64_t batch = p.q.size(0), s_q = p.q.size(1), heads = p.q.size(2);
+  emulated.out = arena.empty(p.out.dtype, {batch, s_q, heads, kDimV});
+  emulated.lse = arena.empty(kF32, {batch, heads, s_q});
+  const DecodeKernel kernel = kernel_of(p);
+  ASSERT_TRUE(kernel.takes(emulated).ok());
+  emulated.workspace = arena.empty(kF32, {kernel.workspace_bytes(emulated) / 4});
+  expect_ok(flash_mla_with_kvcache(p));
+  emulator::set_seed(seed);
+  expect_ok(kernel.run(emulated));
+  expect_same(emulated.out, p.out, Rule::kDecode, "out");
+  expect_same(emulated.lse, p.lse, Rule::kLse, "lse");
+}
+
+TEST(EmulatedAttention, SparseDecode) {
+  for (const Format& f : {kV32, kV4, kBf16, kF16}) {
+    for (const std::int64_t heads : {5, 16, 30, 70}) {
+      for (const std::uint64_t seed : {1, 2}) {
+        SCOPED_TRACE(std::string(f.name) + ", heads " + std::to_string(heads));
+        Arena arena(static_cast<std::uint32_t>(seed));
+        KvCacheFwdParams p = decode(arena, f, {2, 2, heads, 7, 38});
+        p.indices = arena.hostile({2, 2, 330}, 7 * 38, 10);
+        p.attn_sink = arena.floats(kF32, {heads}, -2.0f, 2.0f);
+        if (seed == 2) {
+          p.topk_length = arena.hostile({2}, 330, 20);
+          p.extra_k_cache = arena.empty_cache(f.dtype, 5, 6, f.width, 64);
+          arena.fill_latents(p.extra_k_cache);
+          p.extra_indices = arena.hostile({2, 2, 19}, 30, 10);
+          p.batch_invariant = true;
+        }
+        expect_like_cpu(arena, p, seed);
+      }
+    }
+  }
+}
+
+TEST(EmulatedAttention, DenseDecode) {
+  for (const Format& f : {kV32, kV4, kBf16, kF16}) {
+    for (const std::int64_t heads : {8, 64}) {
+      for (const std::int64_t page_size : {6, 64}) {  // 64: 16-bit pages are copied as blocks
+        SCOPED_TRACE(std::string(f.name) + ", heads " + std::to_string(heads) + ", pages of " +
+                     std::to_string(page_size));
+        Arena arena(3);
+        const std::int64_t pages = 600 / page_size;
+        KvCacheFwdParams p = decode(arena, f, {3, 1, heads, pages, page_size});
+        p.block_table = arena.hostile({3, pages}, static_cast<std::int32_t>(pages) - 1, 5);
+        p.cache_seqlens = arena.ints({3}, 1, static_cast<std::int32_t>(pages * page_size));
+        p.causal = true;
+        expect_like_cpu(arena, p, static_cast<std::uint64_t>(page_size));
+      }
+    }
+  }
+}
+
+// ---- prefill ------------------------------------------------------------------------------------
+
+TEST(EmulatedAttention, SparsePrefill) {
+  for (const Format& f : {kV32, kV4, kBf16, kF16}) {
+    for (const std::int64_t heads : {3, 16, 32, 64}) {
+      SCOPED_TRACE(std::string(f.name) + ", heads " + std::to_string(heads));
+      constexpr std::int64_t kTokens = 7, kTopk = 200;  // more tokens than SMs
+      Arena arena(5);
+      SparseFwdParams p;
+      p.q = arena.floats(f.query, {kTokens, heads, f.d_qk}, -1.0f, 1.0f);
+      p.kv = arena.empty_cache(f.dtype, 4, 64, f.width, 0);
+      arena.fill_latents(p.kv);
+      p.indices = arena.hostile({kTokens, 1, kTopk}, 4 * 64, 10);
+      p.topk_length = arena.hostile({kTokens}, kTopk, 20);
+      p.sm_scale = 1.0 / std::sqrt(static_cast<double>(f.d_qk));
+      p.d_v = kDimV;
+      SparseFwdParams emulated = p;
+      for (SparseFwdParams* each : {&p, &emulated}) {
+        each->out = arena.empty(f.query, {kTokens, heads, kDimV});
+        each->max_logits = arena.empty(kF32, {kTokens, heads});
+        each->lse = arena.empty(kF32, {kTokens, heads});
+      }
+      expect_ok(flash_mla_sparse_fwd(p));
+      for (const std::uint64_t seed : {1, 2}) {
+        SCOPED_TRACE("seed " + std::to_string(seed));
+        emulator::set_seed(seed);
+        expect_ok(p.is_fp8() ? cuda::sm90a_fp8_sparse_fwd(emulated)
+                             : cuda::sm90a_sparse_fwd(emulated));
+        expect_same(emulated.out, p.out, Rule::kPrefill, "out");
+        expect_same(emulated.lse, p.lse, Rule::kLse, "lse");
+        expect_same(emulated.max_logits, p.max_logits, Rule::kLse, "max_logits");
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace dsa::test
