@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <numbers>
 #include <string>
 
 #include "arena.h"
@@ -125,7 +126,60 @@ TEST(EmulatedAttention, DenseDecode) {
   }
 }
 
+// A row's bits are the same alone and beside others, with a block table of any width.
+TEST(EmulatedAttention, BatchInvariance) {
+  for (const Format& f : {kV32, kBf16}) {
+    constexpr std::int64_t kHeads = 16, kPageSize = 32, kPages = 50, kWidth = 140;
+    SCOPED_TRACE(f.name);
+    Arena arena(9);
+    KvCacheFwdParams p = decode(arena, f, {2, 1, kHeads, kPages, kPageSize});
+    p.attn_sink = arena.floats(kF32, {kHeads}, -2.0f, 2.0f);
+    p.block_table = arena.ints({2, kWidth}, 0, kPages - 1);
+    p.cache_seqlens = arena.ints({2}, 1500, 1500);
+    p.cache_seqlens.ptr<std::int32_t>()[1] = kWidth * kPageSize;
+    p.batch_invariant = true;
+    const auto run = [&](KvCacheFwdParams call) {
+      call.workspace = arena.empty(kF32, {kernel_of(call).workspace_bytes(call) / 4});
+      expect_ok(kernel_of(call).run(call));
+    };
+    run(p);
+    for (const std::int64_t width : {47, 100}) {
+      KvCacheFwdParams alone = p;
+      for (TensorView KvCacheFwdParams::* member :
+           {&KvCacheFwdParams::q, &KvCacheFwdParams::block_table, &KvCacheFwdParams::cache_seqlens,
+            &KvCacheFwdParams::out, &KvCacheFwdParams::lse}) {
+        (alone.*member).sizes[0] = 1;
+      }
+      alone.block_table.sizes[1] = width;
+      alone.out = arena.empty(p.out.dtype, {1, 1, kHeads, kDimV});
+      alone.lse = arena.empty(kF32, {1, kHeads, 1});
+      run(alone);
+      EXPECT_EQ(std::memcmp(alone.out.data, p.out.data, extent_bytes(alone.out)), 0);
+      EXPECT_EQ(std::memcmp(alone.lse.data, p.lse.data, extent_bytes(alone.lse)), 0);
+    }
+  }
+}
+
 // ---- prefill ------------------------------------------------------------------------------------
+
+void expect_prefill_like_cpu(Arena& arena, SparseFwdParams p) {
+  const std::int64_t tokens = p.q.size(0), heads = p.q.size(1);
+  SparseFwdParams emulated = p;
+  for (SparseFwdParams* each : {&p, &emulated}) {
+    each->out = arena.empty(p.q.dtype, {tokens, heads, kDimV});
+    each->max_logits = arena.empty(kF32, {tokens, heads});
+    each->lse = arena.empty(kF32, {tokens, heads});
+  }
+  expect_ok(flash_mla_sparse_fwd(p));
+  for (const std::uint64_t seed : {1, 2}) {
+    SCOPED_TRACE("seed " + std::to_string(seed));
+    emulator::set_seed(seed);
+    expect_ok(p.is_fp8() ? cuda::sm90a_fp8_sparse_fwd(emulated) : cuda::sm90a_sparse_fwd(emulated));
+    expect_same(emulated.out, p.out, Rule::kPrefill, "out");
+    expect_same(emulated.lse, p.lse, Rule::kLse, "lse");
+    expect_same(emulated.max_logits, p.max_logits, Rule::kLse, "max_logits");
+  }
+}
 
 TEST(EmulatedAttention, SparsePrefill) {
   for (const Format& f : {kV32, kV4, kBf16, kF16}) {
@@ -141,23 +195,33 @@ TEST(EmulatedAttention, SparsePrefill) {
       p.topk_length = arena.hostile({kTokens}, kTopk, 20);
       p.sm_scale = 1.0 / std::sqrt(static_cast<double>(f.d_qk));
       p.d_v = kDimV;
-      SparseFwdParams emulated = p;
-      for (SparseFwdParams* each : {&p, &emulated}) {
-        each->out = arena.empty(f.query, {kTokens, heads, kDimV});
-        each->max_logits = arena.empty(kF32, {kTokens, heads});
-        each->lse = arena.empty(kF32, {kTokens, heads});
-      }
-      expect_ok(flash_mla_sparse_fwd(p));
-      for (const std::uint64_t seed : {1, 2}) {
-        SCOPED_TRACE("seed " + std::to_string(seed));
-        emulator::set_seed(seed);
-        expect_ok(p.is_fp8() ? cuda::sm90a_fp8_sparse_fwd(emulated)
-                             : cuda::sm90a_sparse_fwd(emulated));
-        expect_same(emulated.out, p.out, Rule::kPrefill, "out");
-        expect_same(emulated.lse, p.lse, Rule::kLse, "lse");
-        expect_same(emulated.max_logits, p.max_logits, Rule::kLse, "max_logits");
-      }
+      expect_prefill_like_cpu(arena, p);
     }
+  }
+}
+
+// Scores of 2^27 in base 2, whose neighbours are 16 apart: the second one is above the slack of the
+// first one's base, though the sum of the two rounds to it.
+TEST(EmulatedAttention, BaseMovesByOneUlp) {
+  for (const std::int64_t heads : {16, 64}) {
+    Arena arena(7);
+    SparseFwdParams p;
+    p.q = arena.floats(DType::kFloat16, {1, heads, kDimV}, 0.0f, 0.0f);
+    p.kv = arena.floats(DType::kFloat16, {2, 1, kDimV}, 0.0f, 0.0f);
+    const auto set = [](const TensorView& t, std::int64_t row, float first, float second) {
+      auto* at = t.ptr<std::uint16_t>() + row * kDimV;
+      at[0] = f16_from_float(first);
+      at[1] = f16_from_float(second);
+    };
+    for (std::int64_t head = 0; head < heads; ++head) set(p.q, head, 4096.0f, 16.0f);
+    set(p.kv, 0, 32768.0f, 1.0f);
+    set(p.kv, 1, 32768.0f, 2.0f);
+    p.indices = arena.ints({1, 1, 130}, -1, -1);
+    p.indices.ptr<std::int32_t>()[0] = 0;
+    p.indices.ptr<std::int32_t>()[129] = 1;
+    p.sm_scale = std::numbers::ln2;  // scores in base 2 are the products
+    p.d_v = kDimV;
+    expect_prefill_like_cpu(arena, p);
   }
 }
 

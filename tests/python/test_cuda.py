@@ -244,6 +244,10 @@ def test_dense_decode_is_batch_invariant(name, h_q):
     case = dense_case(name, DEVICE, lens=lens, s_q=2, causal=True)
     case["q"] = torch.randn(64, 2, h_q, FORMATS[name].d_qk, device=DEVICE).to(case["q"].dtype)
     check_batch_invariance(case, ("q", "block_table", "cache_seqlens"))
+    whole = dsa_ext.flash_mla_with_kvcache(**case | {"batch_invariant": True})
+    wider = torch.nn.functional.pad(case["block_table"], (0, 5000), value=-1)
+    got = dsa_ext.flash_mla_with_kvcache(**case | {"batch_invariant": True, "block_table": wider})
+    assert_all_same_bits(got, whole)
 
 
 # ---- attention: shapes that kernels tile by ------------------------------------------------------

@@ -67,6 +67,7 @@ struct AttentionArgs {
   // Splits of a row's keys; more than one write partial results for attention_combine.
   std::int64_t first_row = 0;
   int num_splits = 1;
+  int least_split_tokens = 0;    // of a split that is not a row's last
   float* partial_out = nullptr;  // [rows of the launch, splits, heads, d_v], normalised
   float* partial_lse = nullptr;  // [rows of the launch, splits, heads], base 2; -inf: empty
 };

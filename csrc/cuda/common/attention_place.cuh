@@ -39,13 +39,14 @@ struct AttentionPlace {
   }
 };
 
-// A split of `keys` keys, in tiles.
+// A split of a row's `keys` keys, in tiles.
 struct TileShare {
   int first, count;
 
   __device__ TileShare(const AttentionArgs& args, int keys, int tokens_of_tile, unsigned split) {
     const int all = (keys + tokens_of_tile - 1) / tokens_of_tile;
-    const int each = (all + args.num_splits - 1) / args.num_splits;
+    const int each = std::max((all + args.num_splits - 1) / args.num_splits,
+                              args.least_split_tokens / tokens_of_tile);
     first = std::min(static_cast<int>(split) * each, all);
     count = std::min(each, all - first);
   }

@@ -36,21 +36,28 @@ struct SplitPlan {
   }
 };
 
+inline constexpr std::int64_t kMostSplits = 64;
+// With batch_invariant: of each split of a row but the last, or more where there are kMostSplits.
+inline constexpr int kInvariantSplitTokens = 1024;
+
 inline SplitPlan plan_splits(const KvCacheFwdParams& p, const AttentionCta& cta) {
   const std::int64_t heads = p.q.size(2);
   const std::int64_t rows = p.q.size(0) * p.q.size(1);
   const std::int64_t tiles = ceil_div<std::int64_t>(keys_of(p), cta.tokens);
-  const std::int64_t most_splits = std::clamp<std::int64_t>(tiles, 1, 64);
+  const std::int64_t most_splits = std::clamp<std::int64_t>(tiles, 1, kMostSplits);
   const std::int64_t bytes_per_split = heads * (p.head_dim_v + 1) * 4;  // of a row
   const auto affordable_rows = [&](std::int64_t splits) {
     return splits == 1 ? rows : std::min(rows, kMaxWorkspaceBytes / (splits * bytes_per_split));
   };
 
   if (p.batch_invariant) {
-    // From the row's own shape alone: a split for every 1024 keys.
-    const std::int64_t splits = std::clamp<std::int64_t>(
-        ceil_div<std::int64_t>(tiles * cta.tokens, 1024), 1,
-        std::min(most_splits, std::max<std::int64_t>(kMaxWorkspaceBytes / bytes_per_split, 1)));
+    // For each row as many as it needs of its own length. Two at least of a dense row, which are
+    // combined, since the width of the table says nothing about it.
+    const std::int64_t least = p.indices.defined() ? 1 : 2;
+    const std::int64_t most =
+        std::clamp<std::int64_t>(kMaxWorkspaceBytes / bytes_per_split, 1, kMostSplits);
+    const std::int64_t splits = std::clamp(
+        ceil_div<std::int64_t>(keys_of(p), kInvariantSplitTokens), std::min(least, most), most);
     return {rows, affordable_rows(splits), static_cast<int>(splits)};
   }
   // The fewest tile times until the last CTA is done: a CTA costs about two tiles beside its own.
@@ -76,6 +83,7 @@ template <typename LaunchRows>
 Status run_splits(const KvCacheFwdParams& p, const SplitPlan& plan, LaunchRows&& launch_rows) {
   AttentionArgs args = make_attention_args(p);
   args.num_splits = plan.num_splits;
+  args.least_split_tokens = p.batch_invariant ? kInvariantSplitTokens : 0;
   if (plan.num_splits > 1) {
     args.partial_out = p.workspace.ptr<float>();
     args.partial_lse = args.partial_out + plan.partial_heads(args.num_heads) * args.d_v;

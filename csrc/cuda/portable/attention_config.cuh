@@ -27,6 +27,13 @@ inline constexpr int kSwizzle = 8;               // chunks, and rows, of a swizz
 static_assert(kRowBytes % (kSwizzle * kChunk) == 0);
 inline constexpr int kRopeChunks = kDimBlock * 2 / kChunk;  // of an FP8 row
 
+// Of a CTA of an architecture (10 * major + minor).
+constexpr std::size_t most_shared_bytes(int arch) {
+  if (arch >= 90 && arch < 120) return 227 * 1024;
+  if (arch == 80 || arch == 87) return 163 * 1024;
+  return 99 * 1024;
+}
+
 template <LatentFormat kFormat_, int kHeads_, int kTokens_>
 struct AttentionConfig {
   static constexpr LatentFormat kFormat = kFormat_;

@@ -25,6 +25,7 @@
 
 #include <cstdint>
 
+#include "cuda/common/attention_place.cuh"
 #include "cuda/portable/attention_rows.cuh"
 #include "cuda/portable/attention_tile.cuh"
 
@@ -129,10 +130,12 @@ __device__ HeadResult result_of(const Statistics& statistics, int head) {
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     portable_attention_kernel(const __grid_constant__ AttentionArgs args) {
-  if constexpr (sizeof(typename Config::SharedStorage) > kMostSharedBytes) {
-    __trap();  // Code for an older architecture, on a GPU that has the room.
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(typename Config::SharedStorage) > most_shared_bytes(__CUDA_ARCH__ / 10)) {
+    __trap();  // The host chooses none that has no room where its code was compiled for.
     return;
   }
+#endif
   extern __shared__ __align__(128) std::uint8_t shared_bytes[];
   auto& shared = *reinterpret_cast<typename Config::SharedStorage*>(shared_bytes);
 
@@ -143,10 +146,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     shared.base[0][threadIdx.x] = shared.base[1][threadIdx.x] = -kAttentionInf;
   }
   __syncthreads();
-  const int tiles = (shared.keys.size() + Config::kTokens - 1) / Config::kTokens;
-  const int tiles_per_split = (tiles + args.num_splits - 1) / args.num_splits;
-  const int begin = min(split * tiles_per_split, tiles);
-  const int end = min(begin + tiles_per_split, tiles);
+  const TileShare share(args, shared.keys.size(), Config::kTokens, split);
+  const int begin = share.first, end = begin + share.count;
 
   AttentionTile<Config> state(shared, args);
   TileLoader<Config> loader(shared, args);

@@ -11,6 +11,7 @@
 #include "cuda/cuda_kernels.h"
 #include "cuda/portable/attention_config.cuh"
 #include "cuda/portable/attention_kernel.cuh"
+#include "cuda/portable/code_arch.h"
 
 namespace dsa::cuda {
 
@@ -54,7 +55,15 @@ constexpr Instance kInstances[] = {
     instance<LatentFormat::kMlaV4, 32, 32>(),  instance<LatentFormat::kMlaV4, 64, 64>(),
 };
 
-// Of those that fit the device, the smallest that has all heads in one tile, else the largest.
+// Of a CTA, on the device and in the code that it runs: what was compiled for an older architecture
+// leaves out the tiles that do not fit there.
+std::size_t shared_bytes_of(const Device& device) {
+  const std::size_t most = device_limits(device).shared_bytes_per_cta;
+  const int code = code_arch(device);
+  return code == 0 ? most : std::min(most, most_shared_bytes(code));
+}
+
+// Of those that fit, the smallest that has all heads in one tile, else the largest.
 // nullptr: none fits.
 const Instance* choose_instance(LatentFormat format, int num_heads, std::size_t shared_bytes) {
   const Instance* best = nullptr;
@@ -70,7 +79,7 @@ Support takes(LatentFormat format, std::int64_t rows, std::int64_t heads, std::i
   constexpr std::int64_t kFewestHeads = 16;  // a tile
   const Support sizes = attention_sizes(rows, heads, keys, kFewestHeads);
   if (!sizes.ok()) return sizes;
-  if (choose_instance(format, 1, device_limits(launch.device).shared_bytes_per_cta) == nullptr) {
+  if (choose_instance(format, 1, shared_bytes_of(launch.device)) == nullptr) {
     return {"more shared memory than this device has"};
   }
   return {};
@@ -78,13 +87,16 @@ Support takes(LatentFormat format, std::int64_t rows, std::int64_t heads, std::i
 
 // ---- splits ---------------------------------------------------------------------------------
 
+const Instance& instance_of(const KvCacheFwdParams& p) {
+  return *choose_instance(format_of(p.k_cache), static_cast<int>(p.q.size(2)),
+                          shared_bytes_of(p.launch.device));
+}
+
 SplitPlan plan_of(const KvCacheFwdParams& p) {
-  const DeviceLimits& limits = device_limits(p.launch.device);
-  const Instance& instance = *choose_instance(format_of(p.k_cache), static_cast<int>(p.q.size(2)),
-                                              limits.shared_bytes_per_cta);
+  const Instance& instance = instance_of(p);
   constexpr std::size_t kReserved = 1024;  // of an SM's shared memory, for each CTA
-  const auto fit = static_cast<int>((limits.shared_bytes_per_cta + kReserved) /
-                                    (instance.shared_bytes + kReserved));
+  const std::size_t most = device_limits(p.launch.device).shared_bytes_per_cta;
+  const auto fit = static_cast<int>((most + kReserved) / (instance.shared_bytes + kReserved));
   return plan_splits(p, {instance.heads, instance.tokens, std::min(fit, instance.ctas_per_sm)});
 }
 
@@ -101,8 +113,8 @@ Support sparse_fwd_takes(const SparseFwdParams& p) {
 
 Status sparse_fwd(const SparseFwdParams& p) {
   const AttentionArgs a = make_attention_args(p);
-  const Instance* instance = choose_instance(format_of(p.kv), a.num_heads,
-                                             device_limits(p.launch.device).shared_bytes_per_cta);
+  const Instance* instance =
+      choose_instance(format_of(p.kv), a.num_heads, shared_bytes_of(p.launch.device));
   return instance->launch(a, p.q.size(0), p.launch);
 }
 
@@ -124,9 +136,7 @@ std::int64_t kvcache_fwd_workspace_bytes(const KvCacheFwdParams& p) {
 }
 
 Status kvcache_fwd(const KvCacheFwdParams& p) {
-  const Instance& instance = *choose_instance(format_of(p.k_cache), static_cast<int>(p.q.size(2)),
-                                              device_limits(p.launch.device).shared_bytes_per_cta);
-  return run_splits(p, plan_of(p), instance.launch);
+  return run_splits(p, plan_of(p), instance_of(p).launch);
 }
 
 }  // namespace dsa::cuda

@@ -12,15 +12,6 @@
 
 namespace dsa::cuda {
 
-// A CTA's, of the architecture that is compiled for.
-#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
-inline constexpr std::size_t kMostSharedBytes = 227 * 1024;
-#elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
-inline constexpr std::size_t kMostSharedBytes = 163 * 1024;
-#else
-inline constexpr std::size_t kMostSharedBytes = 99 * 1024;
-#endif
-
 // [kHeads, kTokens] probabilities, swizzled like the tile; 16-byte chunk `chunk` of row `row`.
 template <int kTokens>
 __device__ __forceinline__ std::uint32_t p_offset(int row, int chunk) {
@@ -178,7 +169,7 @@ class AttentionTile {
         max_[i] = fmaxf(max_[i], largest);
         float alpha = 1.0f;
         base[half] = shared_.base[tile & 1][head];
-        if (largest > base[half] + kLazyRescale) {
+        if (largest - base[half] > kLazyRescale) {
           alpha = ptx::exp2_approx(base[half] - largest);
           base[half] = largest;
           sum_[i] *= alpha;

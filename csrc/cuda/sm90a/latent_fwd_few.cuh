@@ -215,7 +215,7 @@ class LatentFwdFew {
     for (int i = 0; i < kMine; ++i) {
       const float largest = fmaxf(score(i, 0), score(i, 1)) * scale_log2_;
       maxima_[i] = fmaxf(maxima_[i], largest);
-      above |= largest > bases_[i] + kSlack;
+      above |= largest - bases_[i] > kSlack;
     }
     if (ptx::named_any<kBarrier, 128>(above)) move_bases();  // and P before is read
     make_p();
@@ -282,7 +282,7 @@ class LatentFwdFew {
       for (int warp = 0; warp < 4; ++warp) {
         largest = fmaxf(largest, heads.maxima[warp][head(i)]);
       }
-      const bool moves = largest > bases_[i] + kSlack;  // also the first one of all
+      const bool moves = largest - bases_[i] > kSlack;  // also the first one of all
       factors[i] = moves ? ptx::exp2_approx(bases_[i] - largest) : 1.0f;
       if (moves) bases_[i] = largest;
       sums_[i] *= factors[i];

@@ -324,7 +324,7 @@ class LatentFwdMath {
     for (int i = 0; i < 2; ++i) {
       largest[i] *= scale_log2_;
       maxima_[i] = fmaxf(maxima_[i], largest[i]);
-      const bool moves = largest[i] > bases_[i] + kSlack;  // also the first one of all
+      const bool moves = largest[i] - bases_[i] > kSlack;  // also the first one of all
       factors_[i] = moves ? ptx::exp2_approx(bases_[i] - largest[i]) : 1.0f;
       if (moves) bases_[i] = largest[i];
       above |= moves;
