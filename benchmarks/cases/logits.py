@@ -97,7 +97,7 @@ class Paged:
         )
 
     def schedule(self) -> Tensor:
-        sms = _C.cuda_devices()[0]["num_sms"] if self.q.is_cuda else 8
+        sms = dsa_ext.get_num_sms() if self.q.is_cuda else 8
         return dsa_ext.get_paged_mqa_logits_metadata(self.lens, inputs.PAGE, sms)
 
     @property

@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -37,6 +38,16 @@ dsa::DType to_dtype(torch::headeronly::ScalarType type) {
     case ScalarType::Char: return dsa::DType::kInt8;
     case ScalarType::Int: return dsa::DType::kInt32;
     case ScalarType::Long: return dsa::DType::kInt64;
+    case ScalarType::Double: return dsa::DType::kFloat64;
+    case ScalarType::Float8_e4m3fnuz: return dsa::DType::kFloat8E4M3Fnuz;
+    case ScalarType::Float8_e5m2: return dsa::DType::kFloat8E5M2;
+    case ScalarType::Float8_e8m0fnu: return dsa::DType::kFloat8E8M0;
+    case ScalarType::Float4_e2m1fn_x2: return dsa::DType::kFloat4E2M1;
+    case ScalarType::Short: return dsa::DType::kInt16;
+    case ScalarType::UInt16: return dsa::DType::kUInt16;
+    case ScalarType::UInt32: return dsa::DType::kUInt32;
+    case ScalarType::UInt64: return dsa::DType::kUInt64;
+    case ScalarType::Bool: return dsa::DType::kBool;
     default: return dsa::DType::kOther;
   }
 }
@@ -49,19 +60,17 @@ dsa::Device to_device(const Tensor& t) {
   return {dsa::DeviceType::kOther, index};
 }
 
+// None in a tensor's place comes as an undefined tensor: validate names the argument.
 dsa::TensorView view(const Tensor& t) {
-  const auto sizes = t.sizes();
-  if (sizes.size() > dsa::kMaxDims) {
-    throw std::invalid_argument("dsa_ext: expected tensors of at most 8 dimensions, got " +
-                                std::to_string(sizes.size()));
-  }
   dsa::TensorView v;
+  if (!t.defined()) return v;
   v.data = t.data_ptr();
   v.dtype = to_dtype(t.scalar_type());
   v.device = to_device(t);
-  v.ndim = static_cast<std::int32_t>(sizes.size());
+  const auto sizes = t.sizes();
   const auto strides = t.strides();
-  for (std::int32_t i = 0; i < v.ndim; ++i) {
+  v.ndim = static_cast<std::int32_t>(sizes.size());
+  for (std::int32_t i = 0; i < std::min(v.ndim, dsa::kMaxDims); ++i) {
     v.sizes[i] = sizes[i];
     v.strides[i] = strides[i];
   }
@@ -94,7 +103,7 @@ struct Workspace {
 // Runs an op where its tensors live: on their device, on torch's current stream.
 template <typename Params>
 void call(dsa::Status (*op)(const Params&), Params& params, const Tensor& anchor) {
-  params.launch.device = to_device(anchor);
+  if (anchor.defined()) params.launch.device = to_device(anchor);
   if (params.launch.device.type != dsa::DeviceType::kCuda) return raise_if_failed(op(params));
   if (aoti_torch_get_current_cuda_stream == nullptr) {
     throw std::runtime_error("dsa_ext: this torch has no CUDA support");
@@ -125,7 +134,7 @@ void fp8_mqa_logits(Tensor q, Tensor k, Tensor k_scale, Tensor weights, Tensor k
 
 void fp8_paged_mqa_logits(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens,
                           Tensor block_table, OptTensor schedule_meta, std::int64_t max_context_len,
-                          bool clean_logits, Tensor out) {
+                          bool clean_logits, OptTensor indices, Tensor out) {
   dsa::PagedMqaLogitsParams p;
   p.q = view(q);
   p.kv_cache = view(kv_cache);
@@ -135,6 +144,7 @@ void fp8_paged_mqa_logits(Tensor q, Tensor kv_cache, Tensor weights, Tensor cont
   p.schedule_meta = view(schedule_meta);
   p.max_context_len = max_context_len;
   p.clean_logits = clean_logits;
+  p.indices = view(indices);
   p.out = view(out);
   call(dsa::fp8_paged_mqa_logits, p, q);
 }
@@ -189,7 +199,7 @@ void fp8_paged_mqa_topk(Tensor q, Tensor kv_cache, Tensor weights, Tensor contex
 void topk_select(Tensor scores, std::int64_t topk, OptTensor row_starts, OptTensor row_ends,
                  OptTensor index_base, std::int64_t index_base_scalar, OptTensor block_table,
                  std::int64_t page_size, OptTensor row_to_request, Tensor indices,
-                 OptTensor out_scores) {
+                 OptTensor out_scores, OptTensor workspace) {
   dsa::TopkSelectParams p;
   p.scores = view(scores);
   p.topk = topk;
@@ -202,6 +212,7 @@ void topk_select(Tensor scores, std::int64_t topk, OptTensor row_starts, OptTens
   p.row_to_request = view(row_to_request);
   p.indices = view(indices);
   p.out_scores = view(out_scores);
+  p.workspace = view(workspace);
   call(dsa::topk_select, p, scores);
 }
 
@@ -258,7 +269,8 @@ void flash_mla_with_kvcache(Tensor q, Tensor k_cache, OptTensor block_table,
   p.head_dim_v = head_dim_v;
   p.softmax_scale = softmax_scale;
   p.causal = causal;
-  p.is_fp8_kvcache = is_fp8_kvcache;
+  // FlashMLA's default has been False and True: bytes are FP8 under both.
+  p.is_fp8_kvcache = is_fp8_kvcache || dsa::is_8_bit(p.k_cache.dtype);
   p.indices = view(indices);
   p.attn_sink = view(attn_sink);
   p.extra_k_cache = view(extra_k_cache);
@@ -281,9 +293,10 @@ void merge_attn_states(Tensor outs, Tensor lses, Tensor out, Tensor lse) {
   call(dsa::merge_attn_states, p, outs);
 }
 
-void hadamard_transform(Tensor x, Tensor out) {
+void hadamard_transform(Tensor x, std::optional<double> scale, Tensor out) {
   dsa::HadamardParams p;
   p.x = view(x);
+  p.scale = scale;
   p.out = view(out);
   call(dsa::hadamard_transform, p, x);
 }
@@ -352,7 +365,7 @@ STABLE_TORCH_LIBRARY(dsa_ext, m) {
   m.def(
       "fp8_paged_mqa_logits(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens, "
       "Tensor block_table, Tensor? schedule_meta, int max_context_len, bool clean_logits, "
-      "Tensor(a!) out) -> ()");
+      "Tensor? indices, Tensor(a!) out) -> ()");
   m.def(
       "get_paged_mqa_logits_metadata(Tensor context_lens, int block_kv, int num_sms, "
       "Tensor? indices, Tensor(a!) out) -> ()");
@@ -367,7 +380,8 @@ STABLE_TORCH_LIBRARY(dsa_ext, m) {
   m.def(
       "topk_select(Tensor scores, int topk, Tensor? row_starts, Tensor? row_ends, "
       "Tensor? index_base, int index_base_scalar, Tensor? block_table, int page_size, "
-      "Tensor? row_to_request, Tensor(a!) indices, Tensor(b!)? out_scores) -> ()");
+      "Tensor? row_to_request, Tensor(a!) indices, Tensor(b!)? out_scores, "
+      "Tensor(c!)? workspace) -> ()");
   m.def(
       "map_to_slots(Tensor indices, Tensor block_table, int page_size, Tensor? row_to_request, "
       "Tensor(a!) out) -> ()");
@@ -385,7 +399,7 @@ STABLE_TORCH_LIBRARY(dsa_ext, m) {
       "Tensor? extra_indices, Tensor? topk_length, Tensor? extra_topk_length, "
       "bool batch_invariant, Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? workspace) -> ()");
   m.def("merge_attn_states(Tensor outs, Tensor lses, Tensor(a!) out, Tensor(b!) lse) -> ()");
-  m.def("hadamard_transform(Tensor x, Tensor(a!) out) -> ()");
+  m.def("hadamard_transform(Tensor x, float? scale, Tensor(a!) out) -> ()");
   m.def("per_token_cast_to_fp8(Tensor x, bool use_ue8m0, Tensor(a!) out, Tensor(b!) scale) -> ()");
   m.def(
       "indexer_k_quant_and_cache(Tensor k, Tensor(a!) kv_cache, Tensor slot_mapping, "

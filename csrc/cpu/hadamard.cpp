@@ -32,7 +32,8 @@ Status hadamard_transform(const HadamardParams& params) {
   const TensorRows x(params.x);
   const TensorRows out(params.out);
   const std::int64_t n = x.width();
-  const auto scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(n)));
+  const double orthonormal = 1.0 / std::sqrt(static_cast<double>(n));
+  const auto scale = static_cast<float>(params.scale.value_or(orthonormal));
   parallel_for(0, x.count(), row_grain(n), [&](std::int64_t begin, std::int64_t end) {
     std::vector<float> row_values(static_cast<std::size_t>(n));
     for (std::int64_t row = begin; row < end; ++row) {

@@ -29,6 +29,16 @@ const char* dtype_name(DType dtype) {
     case DType::kInt8: return "int8";
     case DType::kInt32: return "int32";
     case DType::kInt64: return "int64";
+    case DType::kFloat64: return "float64";
+    case DType::kFloat8E4M3Fnuz: return "float8_e4m3fnuz";
+    case DType::kFloat8E5M2: return "float8_e5m2";
+    case DType::kFloat8E8M0: return "float8_e8m0fnu";
+    case DType::kFloat4E2M1: return "float4_e2m1fn_x2";
+    case DType::kInt16: return "int16";
+    case DType::kUInt16: return "uint16";
+    case DType::kUInt32: return "uint32";
+    case DType::kUInt64: return "uint64";
+    case DType::kBool: return "bool";
     case DType::kOther: break;
   }
   return "another dtype";
@@ -45,8 +55,12 @@ std::string device_name(Device device) {
 
 std::string describe_tensor(const TensorView& t) {
   if (!t.defined()) return "None";
-  return std::string(dtype_name(t.dtype)) + " " + join(t.sizes, t.ndim);
+  const std::string dtype = dtype_name(t.dtype);
+  if (t.ndim > kMaxDims) return dtype + " of " + std::to_string(t.ndim) + " dimensions";
+  return dtype + " " + join(t.sizes, t.ndim);
 }
+
+std::string describe_strides(const TensorView& t) { return "strides " + join(t.strides, t.ndim); }
 
 void Check::bind(const char* dim, std::int64_t size) {
   if (num_dims_ < static_cast<int>(dims_.size())) dims_[num_dims_++] = {dim, size};
@@ -125,7 +139,7 @@ void Check::placement(const char* name, const TensorView& t, Layout layout) {
     return fail(name, "a tensor on " + device_name(device_), "one on " + device_name(t.device));
   }
   if (layout == Layout::kInnerContiguous && t.ndim > 1 && t.size(-1) > 1 && t.stride(-1) != 1) {
-    fail(name, "stride 1 in the last dimension", "strides " + join(t.strides, t.ndim));
+    fail(name, "stride 1 in the last dimension", describe_strides(t));
   }
 }
 

@@ -22,7 +22,8 @@ namespace dsa {
 
 const char* dtype_name(DType dtype);
 std::string device_name(Device device);
-std::string describe_tensor(const TensorView& t);  // "float32 [4, 32]", or "None"
+std::string describe_tensor(const TensorView& t);   // "float32 [4, 32]", or "None"
+std::string describe_strides(const TensorView& t);  // "strides [32, 1]"
 
 using Shape = std::initializer_list<const char*>;  // a name, or a decimal constant such as "1"
 using DTypes = std::initializer_list<DType>;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "dispatch/validate.h"
 
-#include <algorithm>
+#include <cmath>
 #include <limits>
 #include <string>
 
@@ -127,13 +127,12 @@ void page_table(Check& c, const TensorView& block_table, std::int64_t page_size,
 void workspace(Check& c, const TensorView& t) {
   c.optional("workspace", t, DTypes{kU8}, Shape{"bytes"});
   if (!c.ok() || !t.defined()) return;
-  c.that(reinterpret_cast<std::uintptr_t>(t.data) % 16 == 0, "workspace",
-         "a 16-byte aligned tensor", std::string("another"));
+  const auto offset = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(t.data) % 16);
+  c.that(offset == 0, "workspace", "a 16-byte aligned tensor (address mod 16 = 0)", offset);
 }
 
-void attention_scale(Check& c, const char* name, double scale) {
-  const bool finite = scale - scale == 0.0;
-  c.that(finite, name, "a finite number", std::to_string(scale));
+void finite(Check& c, const char* name, double scale) {
+  c.that(std::isfinite(scale), name, "a finite number", std::to_string(scale));
 }
 
 }  // namespace
@@ -152,6 +151,7 @@ Status validate(const PagedMqaLogitsParams& p) {
   Check c(p.kOp, p.launch.device);
   paged_logits_inputs(c, p.q, p.kv_cache, p.weights, p.context_lens, p.block_table, p.schedule_meta,
                       p.max_context_len);
+  c.optional("indices", p.indices, DTypes{kI32}, Shape{"B"});
   c.bind("max_context_len", p.max_context_len);
   c.tensor("out", p.out, {kF32, kBF16}, {"B*next_n", "max_context_len"});
   return c.take();
@@ -230,21 +230,21 @@ Status validate(const MergeTopkParams& p) {
 namespace {
 
 // Of 8-bit MLA caches, by q's dimension.
-constexpr DTypes kBytes = {kU8, kI8, kE4M3};
+constexpr DTypes kBytes = {kU8, kI8, kE4M3};  // dsa::is_8_bit
 const char* fp8_row_bytes(const Check& c) {
   return c.dim("d_qk") == MlaV32Layout::kDim ? "656" : "584";
 }
 
 void sparse_fwd_kv(Check& c, const SparseFwdParams& p) {
-  const bool is_8_bit = std::find(kBytes.begin(), kBytes.end(), p.kv.dtype) != kBytes.end();
+  const bool bytes = is_8_bit(p.kv.dtype);
   const bool has_8_bit_rows = p.kv.ndim == 4 && (p.kv.size(3) == MlaV32Layout::kTokenBytes ||
                                                  p.kv.size(3) == MlaV4Layout::kTokenBytes);
-  if (!is_8_bit && !has_8_bit_rows) {
+  if (!bytes && !has_8_bit_rows) {
     c.tensor("kv", p.kv, {p.q.dtype}, {"s_kv", "1", "d_qk"}, {"pages", "page_size", "1", "d_qk"});
     if (c.ok() && p.kv.ndim == 4) c.that(p.kv.size(1) >= 1, "kv", "page_size >= 1", p.kv.size(1));
     return;
   }
-  if (!is_8_bit || p.kv.ndim != 4) {
+  if (!bytes || p.kv.ndim != 4) {
     return c.tensor("kv", p.kv, kBytes, {"pages", "page_size", "1", fp8_row_bytes(c)});
   }
   const std::int64_t d_qk = c.dim("d_qk");
@@ -262,7 +262,7 @@ Status validate(const SparseFwdParams& p) {
   c.that(c.dim("h_q") >= 1, "q", "h_q >= 1", c.dim("h_q"));
   sparse_fwd_kv(c, p);
   c.tensor("indices", p.indices, {kI32}, {"s_q", "1", "topk"});
-  attention_scale(c, "sm_scale", p.sm_scale);
+  finite(c, "sm_scale", p.sm_scale);
   c.that(p.d_v >= 1 && p.d_v <= c.dim("d_qk"), "d_v", "1 to d_qk", p.d_v);
   c.optional("attn_sink", p.attn_sink, DTypes{kF32}, Shape{"h_q"});
   c.optional("topk_length", p.topk_length, DTypes{kI32}, Shape{"s_q"});
@@ -291,13 +291,13 @@ void kvcache_format(Check& c, const KvCacheFwdParams& p) {
   }
   const std::int64_t d_qk = c.dim("d_qk");
   c.that(d_qk == MlaV32Layout::kDim || d_qk == MlaV4Layout::kDim, "q",
-         "d_qk 576 (656-byte rows) or 512 (584-byte rows) with is_fp8_kvcache", d_qk);
+         "d_qk 576 (656-byte rows) or 512 (584-byte rows) with an FP8 k_cache", d_qk);
   fp8_mla_cache(c, "k_cache", p.k_cache, kBytes, "pages", "page_size", fp8_row_bytes(c));
   if (extra) {
     fp8_mla_cache(c, "extra_k_cache", p.extra_k_cache, kBytes, "extra_pages", "extra_page_size",
                   fp8_row_bytes(c));
   }
-  c.that(p.head_dim_v == 512, "head_dim_v", "512 with is_fp8_kvcache", p.head_dim_v);
+  c.that(p.head_dim_v == 512, "head_dim_v", "512 with an FP8 k_cache", p.head_dim_v);
 }
 
 void kvcache_sparse(Check& c, const KvCacheFwdParams& p) {
@@ -317,6 +317,8 @@ void kvcache_sparse(Check& c, const KvCacheFwdParams& p) {
 
 void kvcache_dense(Check& c, const KvCacheFwdParams& p) {
   const char* when = "in dense mode (indices=None)";
+  c.that(p.block_table.defined(), "indices, block_table", "one of them (sparse or dense)",
+         std::string("None"));
   c.absent("extra_k_cache", p.extra_k_cache, when);
   c.absent("extra_indices_in_kvcache", p.extra_indices, when);
   c.absent("topk_length", p.topk_length, when);
@@ -332,7 +334,7 @@ Status validate(const KvCacheFwdParams& p) {
   c.tensor("q", p.q, {kBF16, kF16}, {"b", "s_q", "h_q", "d_qk"});
   c.that(c.dim("h_q") >= 1, "q", "h_q >= 1", c.dim("h_q"));
   kvcache_format(c, p);
-  attention_scale(c, "softmax_scale", p.softmax_scale);
+  finite(c, "softmax_scale", p.softmax_scale);
   c.that(p.head_dim_v >= 1 && p.head_dim_v <= c.dim("d_qk"), "head_dim_v", "1 to d_qk",
          p.head_dim_v);
   p.indices.defined() ? kvcache_sparse(c, p) : kvcache_dense(c, p);
@@ -364,13 +366,18 @@ bool same_leading(const TensorView& a, const TensorView& b) {
   return true;
 }
 
-// [..., n] of any rank from 1 on.
+void inner_contiguous(Check& c, const char* name, const TensorView& t) {
+  if (!c.ok() || t.size(-1) <= 1 || t.stride(-1) == 1) return;
+  c.that(false, name, "stride 1 in the last dimension", describe_strides(t));
+}
+
+// [..., n] of 1 to 8 dimensions.
 void rows_of_values(Check& c, const char* name, const TensorView& t, DTypes dtypes) {
   bool known = false;
   for (DType dtype : dtypes) known |= dtype == t.dtype;
   c.that(known && t.ndim >= 1, name, "float32, bfloat16 or float16 [..., n]", describe_tensor(t));
-  c.that(!c.ok() || t.size(-1) <= 1 || t.stride(-1) == 1, name, "stride 1 in the last dimension",
-         describe_tensor(t) + " with another");
+  c.that(t.ndim <= kMaxDims, name, "at most 8 dimensions", t.ndim);
+  inner_contiguous(c, name, t);
 }
 
 void like_rows(Check& c, const char* name, const TensorView& t, DType dtype, const TensorView& like,
@@ -379,8 +386,7 @@ void like_rows(Check& c, const char* name, const TensorView& t, DType dtype, con
   c.that(t.dtype == dtype && same_leading(t, like) && t.size(-1) == last, name, expected,
          describe_tensor(t));
   c.that(t.device == like.device, name, "a tensor on the device of x", device_name(t.device));
-  c.that(!c.ok() || t.size(-1) <= 1 || t.stride(-1) == 1, name, "stride 1 in the last dimension",
-         describe_tensor(t) + " with another");
+  inner_contiguous(c, name, t);
 }
 
 }  // namespace
@@ -392,6 +398,7 @@ Status validate(const HadamardParams& p) {
   const std::int64_t n = p.x.size(-1);
   c.that(n >= 1 && n <= 32768 && (n & (n - 1)) == 0, "x",
          "a last dimension that is a power of two from 1 to 32768", n);
+  finite(c, "scale", p.scale.value_or(1.0));
   like_rows(c, "out", p.out, p.x.dtype, p.x, n, "a tensor like x");
   return c.take();
 }
@@ -434,7 +441,10 @@ Status validate(const MlaCacheWriteParams& p) {
   Check c(p.kOp, p.launch.device);
   c.tensor("kv_c", p.kv_c, {kBF16, kF16}, {"T", "d_nope"});
   c.tensor("k_pe", p.k_pe, {p.kv_c.dtype}, {"T", "d_rope"});
-  if (p.kv_cache.dtype == kU8) {
+  const bool has_8_bit_rows = p.kv_cache.dtype != p.kv_c.dtype && p.kv_cache.ndim == 4 &&
+                              (p.kv_cache.size(3) == MlaV32Layout::kTokenBytes ||
+                               p.kv_cache.size(3) == MlaV4Layout::kTokenBytes);
+  if (p.kv_cache.dtype == kU8 || has_8_bit_rows) {
     const std::int64_t d_nope = c.dim("d_nope");
     c.that(d_nope == MlaV32Layout::kDimNope || d_nope == MlaV4Layout::kDimNope, "kv_c",
            "d_nope 512 (656-byte rows) or 448 (584-byte rows) with a uint8 kv_cache", d_nope);
@@ -444,8 +454,7 @@ Status validate(const MlaCacheWriteParams& p) {
                   d_nope == MlaV32Layout::kDimNope ? "656" : "584");
   } else {
     c.bind("d_nope+d_rope", c.dim("d_nope") + c.dim("d_rope"));
-    c.tensor("kv_cache", p.kv_cache, {kU8, p.kv_c.dtype},
-             {"pages", "page_size", "1", "d_nope+d_rope"});
+    c.tensor("kv_cache", p.kv_cache, {p.kv_c.dtype}, {"pages", "page_size", "1", "d_nope+d_rope"});
     if (c.ok()) c.that(p.kv_cache.size(1) >= 1, "kv_cache", "page_size >= 1", p.kv_cache.size(1));
   }
   disjoint_pages(c, p.kv_cache);

@@ -25,11 +25,15 @@ from dsa_ext.cache import (
     mla_kv_quant_and_cache,
 )
 from dsa_ext.indexer import (
+    fp8_fp4_mqa_logits,
+    fp8_fp4_paged_mqa_logits,
     fp8_mqa_logits,
     fp8_mqa_topk,
     fp8_paged_mqa_logits,
     fp8_paged_mqa_topk,
+    get_num_sms,
     get_paged_mqa_logits_metadata,
+    set_num_sms,
 )
 from dsa_ext.quant import hadamard_transform, per_token_cast_to_fp8
 from dsa_ext.topk import map_to_slots, merge_topk, topk_select
@@ -43,6 +47,8 @@ __all__ = [
     "build_info",
     "flash_mla_sparse_fwd",
     "flash_mla_with_kvcache",
+    "fp8_fp4_mqa_logits",
+    "fp8_fp4_paged_mqa_logits",
     "fp8_mqa_logits",
     "fp8_mqa_topk",
     "fp8_paged_mqa_logits",
@@ -50,6 +56,7 @@ __all__ = [
     "gather_indexer_k_cache",
     "gather_mla_kv_cache",
     "get_mla_metadata",
+    "get_num_sms",
     "get_paged_mqa_logits_metadata",
     "hadamard_transform",
     "indexer_k_quant_and_cache",
@@ -60,5 +67,6 @@ __all__ = [
     "nn",
     "per_token_cast_to_fp8",
     "reference",
+    "set_num_sms",
     "topk_select",
 ]

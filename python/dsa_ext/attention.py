@@ -16,16 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsa_ext._arguments import check_tensor, describe, dtype_name, unpack_out
 from dsa_ext._ops import ops
 
 
 @dataclass
 class FlashMLASchedMeta:
-    """Decode scheduling state of FlashMLA's interface; here every call plans for itself.
+    """Decode scheduling state of FlashMLA's interface (of April 2026); here calls plan themselves.
 
-    Kept so that callers of FlashMLA run unchanged: reusing one, or passing a stale one, never
-    changes a result.
+    Kept, with FlashMLA's fields, so that its callers run unchanged: nothing here reads or writes
+    the fields, and reusing one, or passing a stale one, never changes a result.
     """
+
+    have_initialized: bool = False
+    config: object = None
+    tile_scheduler_metadata: Tensor | None = None
+    num_splits: Tensor | None = None
 
 
 def get_mla_metadata(*args: Any, **kwargs: Any) -> tuple[FlashMLASchedMeta, None]:
@@ -42,7 +48,7 @@ def flash_mla_sparse_fwd(
     attn_sink: Tensor | None = None,
     topk_length: Tensor | None = None,
     *,
-    out: tuple[Tensor, Tensor, Tensor] | None = None,
+    out: Tensor | tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sparse attention of each query token over its own selected rows of ``kv`` (prefill).
 
@@ -62,23 +68,29 @@ def flash_mla_sparse_fwd(
         attn_sink: float32 [h_q]: out is scaled by e^lse / (e^lse + e^sink); lse and max_logits are
             not.
         topk_length: int32 [s_q]: slots from there on are ignored, unread.
-        out: the triple to write into.
+        out: the triple to write into, or its first tensor alone.
 
     Returns:
         out like q [s_q, h_q, d_v]; max_logits float32 [s_q, h_q] (scale applied, natural units);
         lse float32 [s_q, h_q] (natural log). A row with nothing valid: 0, -inf, +inf.
 
-    Signature: FlashMLA's ``flash_mla_sparse_fwd``, which takes no cache.
+    Signature: FlashMLA's ``flash_mla_sparse_fwd``, which takes no cache. Its max_logits and lse are
+    natural since January 2026; before, they were of base 2.
     """
-    if out is None:
-        rows = q.shape[:2]
-        out = (
-            q.new_empty((*rows, max(d_v, 0))),
-            q.new_empty(rows, dtype=torch.float32),
-            q.new_empty(rows, dtype=torch.float32),
-        )
-    ops.flash_mla_sparse_fwd(q, kv, indices, sm_scale, d_v, attn_sink, topk_length, *out)
-    return out
+    op = "flash_mla_sparse_fwd"
+    check_tensor(op, "q", q)
+    result, max_logits, lse = unpack_out(op, ("out", "max_logits", "lse"), out)
+    rows = q.shape[:2]
+    if result is None:
+        result = q.new_empty((*rows, max(d_v, 0)))
+    if max_logits is None:
+        max_logits = q.new_empty(rows, dtype=torch.float32)
+    if lse is None:
+        lse = q.new_empty(rows, dtype=torch.float32)
+    ops.flash_mla_sparse_fwd(
+        q, kv, indices, sm_scale, d_v, attn_sink, topk_length, result, max_logits, lse
+    )
+    return result, max_logits, lse
 
 
 def flash_mla_with_kvcache(
@@ -98,8 +110,9 @@ def flash_mla_with_kvcache(
     extra_indices_in_kvcache: Tensor | None = None,
     topk_length: Tensor | None = None,
     extra_topk_length: Tensor | None = None,
+    enable_batch_invariant: bool = False,
     *,
-    out: tuple[Tensor, Tensor] | None = None,
+    out: Tensor | tuple[Tensor, Tensor] | None = None,
     batch_invariant: bool = False,
     workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -109,17 +122,18 @@ def flash_mla_with_kvcache(
 
     Args:
         q: bfloat16 or float16 [b, s_q, h_q, d_qk]; with an 8-bit cache float16 on the CPU only.
-        k_cache: like q [pages, page_size, 1, d_qk]; or, with is_fp8_kvcache, 8-bit
+        k_cache: like q [pages, page_size, 1, d_qk]; or FP8 with scales: 8-bit
             [pages, page_size, 1, 656] (d_qk 576) or [pages, page_size, 1, 584] (d_qk 512), see
             docs/kv_cache_layout.md. Any page size, any page stride.
         block_table: int32 [b, P] (dense). Tokens in a page outside [0, pages) are skipped, unread.
         cache_seqlens: int32 [b] (dense), clamped to [0, P * page_size].
-        head_dim_v: leading numbers of a row that are its value (512 with is_fp8_kvcache).
+        head_dim_v: leading numbers of a row that are its value (512 with an 8-bit cache).
         tile_scheduler_metadata: accepted for FlashMLA's callers; never changes a result.
         num_splits: likewise.
         softmax_scale: factor on q . k; default d_qk ** -0.5.
         causal: dense only: row j sees the first cache_seqlen - s_q + 1 + j tokens.
-        is_fp8_kvcache: the cache holds FP8 values with scales.
+        is_fp8_kvcache: True demands an 8-bit cache; one is FP8 under False too, since FlashMLA's
+            default has been either.
         indices: int32 [b, s_q, topk], slots (page * page_size + offset). One outside the cache is
             invalid, wherever it stands: never read. Repeated ones count each time.
         attn_sink: float32 [h_q]: out is scaled by e^lse / (e^lse + e^sink); lse is not.
@@ -127,7 +141,8 @@ def flash_mla_with_kvcache(
         extra_indices_in_kvcache: int32 [b, s_q, extra_topk], slots of it; one softmax over both.
         topk_length: int32 [b] or [b, s_q]: slots from there on are ignored, unread.
         extra_topk_length: the same for extra_indices_in_kvcache.
-        out: the pair to write into.
+        enable_batch_invariant: the same as batch_invariant, in FlashMLA's place.
+        out: the pair to write into, or its first tensor alone.
         batch_invariant: a row's bits do not depend on the rest of the batch (always so on the CPU);
             on a GPU they then depend on the width of indices or block_table alone.
         workspace: uint8 scratch memory of the call, 16-byte aligned, so that nothing is allocated;
@@ -140,14 +155,16 @@ def flash_mla_with_kvcache(
 
     Signature: FlashMLA's ``flash_mla_with_kvcache``.
     """
+    op = "flash_mla_with_kvcache"
+    check_tensor(op, "q", q)
     if softmax_scale is None:
         softmax_scale = float(max(q.shape[-1:].numel(), 1)) ** -0.5
-    if out is None:
-        rows = q.shape[:3]
-        out = (
-            q.new_empty((*rows, max(head_dim_v, 0))),
-            q.new_empty((*rows[:1], *rows[2:3], *rows[1:2]), dtype=torch.float32),
-        )
+    result, lse = unpack_out(op, ("out", "lse"), out)
+    rows = q.shape[:3]
+    if result is None:
+        result = q.new_empty((*rows, max(head_dim_v, 0)))
+    if lse is None:
+        lse = q.new_empty((*rows[:1], *rows[2:3], *rows[1:2]), dtype=torch.float32)
     ops.flash_mla_with_kvcache(
         q,
         k_cache,
@@ -163,18 +180,19 @@ def flash_mla_with_kvcache(
         extra_indices_in_kvcache,
         topk_length,
         extra_topk_length,
-        batch_invariant,
-        *out,
+        batch_invariant or enable_batch_invariant,
+        result,
+        lse,
         workspace,
     )
-    return out
+    return result, lse
 
 
 def merge_attn_states(
     outs: Tensor | Sequence[Tensor],
     lses: Tensor | Sequence[Tensor],
     *,
-    out: tuple[Tensor, Tensor] | None = None,
+    out: Tensor | tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Merge attention results over disjoint sets of keys into the result over their union.
 
@@ -182,29 +200,70 @@ def merge_attn_states(
         outs: float32, bfloat16 or float16 [n, ..., h, d], stacked or as a sequence of n.
         lses: float32 [n, ..., h] (natural log). |lse| = inf marks an empty result, whose out is
             unread. Decode's lse is [b, h, s_q]: transpose it.
-        out: the pair to write into.
+        out: the pair to write into, or its first tensor alone; dimensions before h must be such
+            that ``view`` merges them.
 
     Returns:
         out like one of outs, and lse float32. Where all are empty: 0 and +inf.
     """
-    outs = outs if isinstance(outs, Tensor) else torch.stack(tuple(outs))
-    lses = lses if isinstance(lses, Tensor) else torch.stack(tuple(lses))
-    if out is None:
-        out = (outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:]))
-    merged, lse = out
+    op = "merge_attn_states"
+    outs, lses = _stacked("outs", outs), _stacked("lses", lses)
+    merged, lse = unpack_out(op, ("out", "lse"), out)
+    if outs.dtype not in _MERGED_DTYPES or outs.dim() < 3:
+        raise ValueError(
+            f"{op}: outs: expected float32 or bfloat16 or float16 [n, ..., h, d], "
+            f"got {describe(outs)}"
+        )
+    if merged is None:
+        merged = outs.new_empty(outs.shape[1:])
+    if lse is None:
+        lse = lses.new_empty(lses.shape[1:])
+    for name, t, dtype, shape in (
+        ("lses", lses, torch.float32, outs.shape[:-1]),
+        ("out", merged, outs.dtype, outs.shape[1:]),
+        ("out lse", lse, torch.float32, outs.shape[1:-1]),
+    ):
+        if t.dtype != dtype or t.shape != shape:
+            raise ValueError(
+                f"{op}: {name}: expected {dtype_name(dtype)} {list(shape)}, got {describe(t)}"
+            )
     # The op takes one dimension of rows; outputs are viewed (never copied), inputs may be copied.
     ops.merge_attn_states(
         outs.reshape(_rows_merged(outs.shape, 1, 2)),
         lses.reshape(_rows_merged(lses.shape, 1, 1)),
-        merged.view(_rows_merged(merged.shape, 0, 2)),
-        lse.view(_rows_merged(lse.shape, 0, 1)),
+        _view_of_rows("out", merged, 2),
+        _view_of_rows("out lse", lse, 1),
     )
-    return out
+    return merged, lse
+
+
+_MERGED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _stacked(name: str, parts: Tensor | Sequence[Tensor]) -> Tensor:
+    op = "merge_attn_states"
+    if not isinstance(parts, Sequence):
+        check_tensor(op, name, parts)
+        return parts
+    for t in parts:
+        check_tensor(op, name, t)
+    if len({t.shape for t in parts}) != 1:
+        got = ", ".join(map(describe, parts)) or "none"
+        raise ValueError(f"{op}: {name}: expected tensors of one shape, got {got}")
+    return torch.stack(tuple(parts))
 
 
 def _rows_merged(shape: torch.Size, lead: int, tail: int) -> tuple[int, ...]:
     """Make one dimension of those between the first `lead` and the last `tail`."""
-    if len(shape) < lead + tail:
-        return tuple(shape)
     last = len(shape) - tail
     return (*shape[:lead], shape[lead:last].numel(), *shape[last:])
+
+
+def _view_of_rows(name: str, t: Tensor, tail: int) -> Tensor:
+    try:
+        return t.view(_rows_merged(t.shape, 0, tail))
+    except RuntimeError:
+        raise ValueError(
+            f"merge_attn_states: {name}: expected leading dimensions that view() merges into one, "
+            f"got {list(t.shape)} with strides {list(t.stride())}"
+        ) from None

@@ -11,6 +11,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from dsa_ext._arguments import check_tensor
 from dsa_ext._ops import ops
 from dsa_ext.indexer import topk_outputs
 
@@ -28,6 +29,7 @@ def topk_select(
     row_to_request: Tensor | None = ...,
     return_scores: Literal[False] = ...,
     out: Tensor | None = ...,
+    workspace: Tensor | None = ...,
 ) -> Tensor: ...
 @overload
 def topk_select(
@@ -42,6 +44,7 @@ def topk_select(
     row_to_request: Tensor | None = ...,
     return_scores: Literal[True],
     out: tuple[Tensor, Tensor] | None = ...,
+    workspace: Tensor | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def topk_select(
     scores: Tensor,
@@ -55,6 +58,7 @@ def topk_select(
     row_to_request: Tensor | None = None,
     return_scores: bool = False,
     out: Tensor | tuple[Tensor, Tensor] | None = None,
+    workspace: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Pick exactly the k largest scores of each row's window.
 
@@ -76,10 +80,17 @@ def topk_select(
         row_to_request: int32 [R], request of each row; default: row r is of request r // (R / B).
         return_scores: also return the fp32 scores, -inf where padded.
         out: int32 [R, k], or with return_scores the pair (indices, float32 [R, k]).
+        workspace: as in :func:`dsa_ext.fp8_mqa_topk`; a GPU wants one for few very long rows.
 
     Returns:
         int32 [R, k]; with return_scores the pair (indices, scores).
     """
+    check_tensor("topk_select", "scores", scores)
+    if (block_table is None) != (page_size is None):
+        expected = "None without" if block_table is None else "an int with"
+        raise ValueError(
+            f"topk_select: page_size: expected {expected} block_table, got {page_size}"
+        )
     base_tensor, base_scalar = None, 0
     if isinstance(index_base, Tensor):
         base_tensor = index_base
@@ -95,10 +106,11 @@ def topk_select(
         base_tensor,
         base_scalar,
         block_table,
-        page_size or 0,
+        0 if page_size is None else page_size,
         row_to_request,
         indices,
         kept,
+        workspace,
     )
     return indices if kept is None else (indices, kept)
 
@@ -125,6 +137,7 @@ def map_to_slots(
     Returns:
         int32 slots, shaped like indices.
     """
+    check_tensor("map_to_slots", "indices", indices)
     if out is None:
         out = torch.empty_like(indices, memory_format=torch.contiguous_format)
     ops.map_to_slots(indices, block_table, page_size, row_to_request, out)
@@ -171,6 +184,7 @@ def merge_topk(
         index, padded with -1; with return_scores the pair (indices, scores). On a GPU the smaller
         of k and N is at most 8192.
     """
+    check_tensor("merge_topk", "scores", scores)
     merged, kept = topk_outputs("merge_topk", scores, scores.shape[:1], k, return_scores, out)
     ops.merge_topk(scores, indices, k, merged, kept)
     return merged if kept is None else (merged, kept)

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <random>
 #include <vector>
 
@@ -168,9 +169,10 @@ TEST(PerTokenCast, ManyDimensionsInAnyOrder) {
 
 // ---- hadamard_transform -------------------------------------------------------------------------
 
-Floats hadamard(Floats x, std::int64_t rows, std::int64_t n) {
+Floats hadamard(Floats x, std::int64_t rows, std::int64_t n, std::optional<double> scale = {}) {
   Floats out(x.size(), kNan);
   HadamardParams params;
+  params.scale = scale;
   params.x = view(x, {rows, n});
   params.out = view(out, {rows, n});
   EXPECT_TRUE(cpu::hadamard_transform(params).ok());
@@ -195,6 +197,13 @@ TEST(Hadamard, MatchesTheSylvesterMatrix) {
       }
     }
   }
+}
+
+TEST(Hadamard, ScalesByWhatIsGiven) {
+  const Floats x = random_floats(64, 7);
+  const Floats sums = hadamard(x, 1, 64, 1.0);
+  const Floats orthonormal = hadamard(x, 1, 64);
+  for (std::size_t i = 0; i < x.size(); ++i) EXPECT_EQ(sums[i], 8.0f * orthonormal[i]);
 }
 
 TEST(Hadamard, IsItsOwnInverse) {

@@ -110,7 +110,28 @@ TEST(Check, EveryDtypeHasItsTorchName) {
   EXPECT_STREQ(dtype_name(DType::kInt8), "int8");
   EXPECT_STREQ(dtype_name(kI32), "int32");
   EXPECT_STREQ(dtype_name(DType::kInt64), "int64");
+  EXPECT_STREQ(dtype_name(DType::kFloat64), "float64");
+  EXPECT_STREQ(dtype_name(DType::kFloat8E4M3Fnuz), "float8_e4m3fnuz");
+  EXPECT_STREQ(dtype_name(DType::kFloat8E5M2), "float8_e5m2");
+  EXPECT_STREQ(dtype_name(DType::kFloat8E8M0), "float8_e8m0fnu");
+  EXPECT_STREQ(dtype_name(DType::kFloat4E2M1), "float4_e2m1fn_x2");
+  EXPECT_STREQ(dtype_name(DType::kInt16), "int16");
+  EXPECT_STREQ(dtype_name(DType::kUInt16), "uint16");
+  EXPECT_STREQ(dtype_name(DType::kUInt32), "uint32");
+  EXPECT_STREQ(dtype_name(DType::kUInt64), "uint64");
+  EXPECT_STREQ(dtype_name(DType::kBool), "bool");
   EXPECT_STREQ(dtype_name(DType::kOther), "another dtype");
+}
+
+TEST(Check, MoreDimensionsThanAViewHolds) {
+  TensorView t = tensor(kF32, {1, 1, 1, 1, 1, 1, 1, 1});
+  t.ndim = 64;
+  Check c("op", kCpu);
+  c.tensor("a", t, {kF32}, {"R", "N"});
+  expect_invalid(c.take(), "op: a: expected float32 [R, N], got float32 of 64 dimensions");
+  Check absent("op", kCpu);
+  absent.absent("a", t, "here");
+  expect_invalid(absent.take(), "op: a: expected None here, got float32 of 64 dimensions");
 }
 
 TEST(Check, ATensorThatIsMissing) {
@@ -329,6 +350,14 @@ TEST(ValidateMlaCache, ThreeFormats) {
   expect_ok(validate(p));
   p.kv_cache = tensor(kBF16, {10, 64, 1, 576});
   expect_ok(validate(p));
+  p.kv_cache = tensor(kF16, {10, 64, 1, 576});
+  expect_invalid(validate(p),
+                 "mla_kv_quant_and_cache: kv_cache: expected bfloat16 [pages, page_size, 1, "
+                 "d_nope+d_rope=576], got float16 [10, 64, 1, 576]");
+  p.kv_cache = tensor(DType::kInt8, {10, 64, 1, 656});
+  expect_invalid(validate(p),
+                 "mla_kv_quant_and_cache: kv_cache: expected uint8 [pages, page_size, 1, 656], got "
+                 "int8 [10, 64, 1, 656]");
   p.kv_cache = tensor(kU8, {10, 64, 1, 584});
   expect_invalid(validate(p),
                  "mla_kv_quant_and_cache: kv_cache: expected uint8 [pages, page_size, 1, 656], got "
@@ -436,12 +465,13 @@ TEST(ValidateKvCacheFwd, SparseAndDenseArguments) {
                  "flash_mla_with_kvcache: causal: expected False with indices, got True");
   p.indices = TensorView{};
   expect_invalid(validate(p),
+                 "flash_mla_with_kvcache: indices, block_table: expected one of them (sparse or "
+                 "dense), got None");
+  p.block_table = tensor(kI32, {2, 9});
+  expect_invalid(validate(p),
                  "flash_mla_with_kvcache: topk_length: expected None in dense mode (indices=None), "
                  "got int32 [2, 1]");
   p.topk_length = TensorView{};
-  expect_invalid(validate(p),
-                 "flash_mla_with_kvcache: block_table: expected int32 [b=2, P], got None");
-  p.block_table = tensor(kI32, {2, 9});
   p.cache_seqlens = tensor(kI32, {2});
   expect_ok(validate(p));
 }
@@ -536,6 +566,28 @@ TEST(ValidateHadamard, OutputOnAnotherDevice) {
   p.out = tensor(kF32, {2, 64}, kCuda0);
   expect_invalid(validate(p),
                  "hadamard_transform: out: expected a tensor on the device of x, got cuda:0");
+}
+
+TEST(ValidateHadamard, AnyFiniteScale) {
+  HadamardParams p;
+  p.x = p.out = tensor(kF32, {2, 64});
+  for (const double scale : {0.0, -3.0, 1e30}) {
+    p.scale = scale;
+    expect_ok(validate(p));
+  }
+  p.scale = std::numeric_limits<double>::quiet_NaN();
+  expect_invalid(validate(p), "hadamard_transform: scale: expected a finite number, got nan");
+}
+
+TEST(ValidateHadamard, AtMostEightDimensions) {
+  HadamardParams p;
+  p.x = p.out = tensor(kF32, {1, 1, 1, 1, 1, 1, 1, 64});
+  expect_ok(validate(p));
+  p.out.ndim = 9;
+  expect_invalid(validate(p),
+                 "hadamard_transform: out: expected a tensor like x, got float32 of 9 dimensions");
+  p.x.ndim = 9;
+  expect_invalid(validate(p), "hadamard_transform: x: expected at most 8 dimensions, got 9");
 }
 
 TEST(ValidatePerTokenCast, OneScaleForEachGroup) {

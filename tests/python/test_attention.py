@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -481,6 +482,67 @@ def test_fp8_caches_may_be_declared_otherwise(device, name, dtype):
     for got, same in zip(dsa_ext.flash_mla_with_kvcache(**case), expected, strict=True):
         assert_same_bits(got, same)
     check_sparse(as_prefill(case | {"q": case["q"][:, :1], "indices": case["indices"][:, :1]}))
+
+
+@pytest.mark.ops("flash_mla_with_kvcache")
+@pytest.mark.parametrize("name", ["v32", "v4"])
+def test_an_8_bit_cache_is_fp8_whatever_the_flag_says(device, name):
+    case = cache_case(name, device, s_q=2, extra=7)
+    expected = dsa_ext.flash_mla_with_kvcache(**case)
+    assert case.pop("is_fp8_kvcache")
+    for flag in ({}, {"is_fp8_kvcache": False}):
+        got = dsa_ext.flash_mla_with_kvcache(**case, **flag)
+        for result, right in zip(got, expected, strict=True):
+            assert_same_bits(result, right)
+
+
+@pytest.mark.ops("flash_mla_with_kvcache", "flash_mla_sparse_fwd", "merge_attn_states")
+def test_out_may_be_the_first_result_alone(device):
+    """The others are allocated; and a list does as well as a tuple."""
+    calls = [
+        (dsa_ext.flash_mla_with_kvcache, cache_case("v32", device)),
+        (dsa_ext.flash_mla_sparse_fwd, sparse_case(3, 4, 576, 512, 20, 9, BF16, device)),
+        (
+            dsa_ext.merge_attn_states,
+            {
+                "outs": torch.randn(2, 3, 4, 8, device=device),
+                "lses": torch.randn(2, 3, 4, device=device),
+            },
+        ),
+    ]
+    for function, case in calls:
+        expected = function(**case)
+        alone = torch.empty_like(expected[0])
+        all_of_them = [torch.empty_like(result) for result in expected]
+        for out, got in (
+            ([alone], function(**case, out=alone)),
+            (all_of_them, function(**case, out=all_of_them)),
+        ):
+            assert isinstance(got, tuple)
+            assert all(result is given for result, given in zip(got, out, strict=False))
+            for result, right in zip(got, expected, strict=True):
+                assert_same_bits(result, right)
+
+
+@pytest.mark.parametrize("name", ["batch_invariant", "enable_batch_invariant"])
+def test_both_names_of_batch_invariance_reach_the_op(monkeypatch, name):
+    seen = []
+    monkeypatch.setattr(
+        "dsa_ext.attention.ops",
+        SimpleNamespace(flash_mla_with_kvcache=lambda *arguments: seen.append(arguments[14])),
+    )
+    case = cache_case("v32", "cpu")
+    dsa_ext.flash_mla_with_kvcache(**case)
+    dsa_ext.flash_mla_with_kvcache(**case, **{name: True})
+    assert seen == [False, True]
+
+
+def test_scheduling_metadata_has_the_fields_of_flash_mla():
+    metadata, num_splits = dsa_ext.get_mla_metadata(torch.zeros(3), 128, num_heads_k=1)
+    assert num_splits is None
+    assert metadata == dsa_ext.FlashMLASchedMeta(
+        have_initialized=False, config=None, tile_scheduler_metadata=None, num_splits=None
+    )
 
 
 @pytest.mark.ops("flash_mla_with_kvcache")

@@ -76,6 +76,16 @@ def test_indexer_write(device, dim, page_size, extra, dtype, scale_fmt):
 
 
 @pytest.mark.ops("indexer_k_quant_and_cache")
+def test_indexer_write_to_a_cache_of_three_dimensions(device):
+    """As vLLM declares it."""
+    k, slots = torch.randn(6, 128, device=device), torch.tensor([0, 9, 4, -1, 11, 7], device=device)
+    cache, twin = (paged(3, 4, 132, extra_stride=12, device=device) for _ in range(2))
+    dsa_ext.indexer_k_quant_and_cache(k, cache.squeeze(2), slots, "ue8m0")
+    dsa_ext.indexer_k_quant_and_cache(k, twin, slots, "ue8m0")
+    assert_same_bits(storage_bytes(cache), storage_bytes(twin))
+
+
+@pytest.mark.ops("indexer_k_quant_and_cache")
 def test_indexer_write_layout(device):
     """Against the documented bytes, packed by hand: scales behind all the values of a page."""
     codes = any_e4m3(6, 128)

@@ -54,6 +54,10 @@ def logits():
     }
 
 
+def logits_pair():
+    return logits() | {"q": (t(2, 4, 32, dtype=E4M3), None)}
+
+
 def topk():
     return logits() | {"k": 3}
 
@@ -68,6 +72,10 @@ def paged_logits():
         "schedule_meta": i32(9, 2),
         "max_context_len": 50,
     }
+
+
+def paged_logits_pair():
+    return paged_logits() | {"q": (t(2, 3, 4, 32, dtype=E4M3), None)}
 
 
 def paged_topk():
@@ -202,8 +210,10 @@ def mla_gather_16():
 
 FUNCTIONS = {
     logits: dsa_ext.fp8_mqa_logits,
+    logits_pair: dsa_ext.fp8_fp4_mqa_logits,
     topk: dsa_ext.fp8_mqa_topk,
     paged_logits: dsa_ext.fp8_paged_mqa_logits,
+    paged_logits_pair: dsa_ext.fp8_fp4_paged_mqa_logits,
     paged_topk: dsa_ext.fp8_paged_mqa_topk,
     metadata: dsa_ext.get_paged_mqa_logits_metadata,
     select: dsa_ext.topk_select,
@@ -273,7 +283,7 @@ WRONG = [
     (
         logits,
         {"weights": t(2, 4, dtype=torch.float64)},
-        "weights: expected float32 [S=2, H=4], got another dtype [2, 4]",
+        "weights: expected float32 [S=2, H=4], got float64 [2, 4]",
     ),
     (
         logits,
@@ -324,14 +334,54 @@ WRONG = [
     (
         logits,
         {"logits_dtype": FP16},
+        "logits_dtype: expected float32 or bfloat16, got float16",
+    ),
+    (
+        logits,
+        {"out": t(2, 6, dtype=FP16)},
         "out: expected float32 or bfloat16 [S=2, L=6], got float16 [2, 6]",
     ),
+    (logits, {"kv": t(2, 6, 32)}, "kv: expected the pair (keys, scales), got float32 [2, 6, 32]"),
+    (logits, {"kv": (1, 2, 3)}, "kv: expected the pair (keys, scales), got a tuple of 3"),
+    (logits, {"kv": (None, t(6))}, "kv[0]: expected a tensor, got None"),
+    (
+        logits,
+        {"kv": (t(6, 32, dtype=E4M3), None)},
+        "kv[1]: expected float32 [L=6], got None",
+    ),
+    (logits, {"q": None}, "q: expected a tensor, got None"),
+    (logits, {"q": "queries"}, "q: expected a tensor, got str"),
+    (logits, {"weights": None}, "weights: expected float32 [S=2, H=4], got None"),
+    (
+        logits,
+        {"cu_seq_len_k_end": t(1, 1, 1, 1, 1, 1, 1, 1, 2, dtype=INT32)},
+        "cu_seq_len_k_end: expected int32 [S=2], got int32 of 9 dimensions",
+    ),
+    # fp8_fp4_mqa_logits
+    (
+        logits_pair,
+        {"q": (t(2, 4, 16, dtype=UINT8), t(2, 4))},
+        "q[1]: expected None (FP8 alone), got float32 [2, 4]",
+    ),
+    (
+        logits_pair,
+        {"q": t(2, 4, 32, dtype=E4M3)},
+        "q: expected the pair (queries, None), got float8_e4m3fn [2, 4, 32]",
+    ),
+    (logits_pair, {"q": (None, None)}, "q[0]: expected a tensor, got None"),
     (
         logits,
         {"out": t(6, 2).t()},
         "out: expected stride 1 in the last dimension, got strides [1, 2]",
     ),
     # fp8_mqa_topk
+    (
+        topk,
+        {"kv": [t(6, 32, dtype=E4M3)]},
+        "kv: expected the pair (keys, scales), got a list of 1",
+    ),
+    (topk, {"q": None}, "q: expected a tensor, got None"),
+    (topk, {"out": 3}, "out: expected a tensor with return_scores=False, got int"),
     (
         topk,
         {"weights": t(2, 4, dtype=BF16)},
@@ -377,7 +427,7 @@ WRONG = [
     (
         topk,
         {"workspace": t(64, dtype=UINT8)[1:]},
-        "workspace: expected a 16-byte aligned tensor, got another",
+        "workspace: expected a 16-byte aligned tensor (address mod 16 = 0), got 1",
     ),
     # fp8_paged_mqa_logits
     (
@@ -457,7 +507,27 @@ WRONG = [
         {"out": t(2, 50)},
         "out: expected float32 or bfloat16 [B*next_n=6, max_context_len=50], got float32 [2, 50]",
     ),
+    (
+        paged_logits,
+        {"logits_dtype": FP16},
+        "logits_dtype: expected float32 or bfloat16, got float16",
+    ),
+    (paged_logits, {"q": None}, "q: expected a tensor, got None"),
+    (paged_logits, {"indices": i32(3)}, "indices: expected int32 [B=2], got int32 [3]"),
+    (
+        paged_logits,
+        {"indices": t(2, dtype=INT64)},
+        "indices: expected int32 [B=2], got int64 [2]",
+    ),
+    # fp8_fp4_paged_mqa_logits
+    (
+        paged_logits_pair,
+        {"q": (t(2, 3, 4, 16, dtype=UINT8), t(2, 3, 4, dtype=INT32))},
+        "q[1]: expected None (FP8 alone), got int32 [2, 3, 4]",
+    ),
+    (paged_logits_pair, {"q": None}, "q: expected the pair (queries, None), got None"),
     # fp8_paged_mqa_topk
+    (paged_topk, {"q": None}, "q: expected a tensor, got None"),
     (
         paged_topk,
         {"block_table": i32(3, 7)},
@@ -487,7 +557,7 @@ WRONG = [
     (
         paged_topk,
         {"workspace": t(64, dtype=UINT8)[1:]},
-        "workspace: expected a 16-byte aligned tensor, got another",
+        "workspace: expected a 16-byte aligned tensor (address mod 16 = 0), got 1",
     ),
     # get_paged_mqa_logits_metadata
     (
@@ -498,7 +568,19 @@ WRONG = [
     (metadata, {"block_kv": 0}, "block_kv: expected >= 1, got 0"),
     (metadata, {"num_sms": 0}, "num_sms: expected 1 to 2147483646, got 0"),
     (metadata, {"indices": i32(3)}, "indices: expected int32 [B=2], got int32 [3]"),
+    (metadata, {"context_lens": None}, "context_lens: expected a tensor, got None"),
     # topk_select
+    (select, {"scores": None}, "scores: expected a tensor, got None"),
+    (
+        select,
+        {"workspace": t(64)},
+        "workspace: expected uint8 [bytes], got float32 [64]",
+    ),
+    (
+        select,
+        {"workspace": t(64, dtype=UINT8)[1:]},
+        "workspace: expected a 16-byte aligned tensor (address mod 16 = 0), got 1",
+    ),
     (
         select,
         {"scores": i32(4, 9)},
@@ -528,6 +610,7 @@ WRONG = [
         "row_to_request: expected None without block_table, got int32 [4]",
     ),
     (select, {"page_size": 64}, "page_size: expected None without block_table, got 64"),
+    (select, {"page_size": 0}, "page_size: expected None without block_table, got 0"),
     (select, {"k": 0}, "k: expected 1 to 2147483647, got 0"),
     (select, {"out": i32(4, 2)}, "out: expected int32 [R=4, k=3], got int32 [4, 2]"),
     (
@@ -541,7 +624,8 @@ WRONG = [
         "out: expected the pair (indices, scores) with return_scores=True, got a tensor",
     ),
     (select_slots, {"block_table": i32(7)}, "block_table: expected int32 [B, P], got int32 [7]"),
-    (select_slots, {"page_size": None}, "page_size: expected 1 to 2147483647, got 0"),
+    (select_slots, {"page_size": None}, "page_size: expected an int with block_table, got None"),
+    (select_slots, {"page_size": 0}, "page_size: expected 1 to 2147483647, got 0"),
     (
         select_slots,
         {"row_to_request": i32(2)},
@@ -560,6 +644,8 @@ WRONG = [
         "row_to_request, got 0 for 4 rows",
     ),
     # map_to_slots
+    (to_slots, {"indices": None}, "indices: expected a tensor, got None"),
+    (to_slots, {"block_table": None}, "block_table: expected int32 [B, P], got None"),
     (
         to_slots,
         {"indices": t(4, 3, dtype=INT64)},
@@ -589,10 +675,12 @@ WRONG = [
         "out: expected int32 [requests=2, s=2, k=3], got int32 [4, 3]",
     ),
     # merge_topk
+    (merge_candidates, {"scores": None}, "scores: expected a tensor, got None"),
+    (merge_candidates, {"indices": None}, "indices: expected int32 [R=4, N=9], got None"),
     (
         merge_candidates,
         {"scores": t(4, 9, dtype=torch.float64)},
-        "scores: expected float32 or bfloat16 or float16 [R, N], got another dtype [4, 9]",
+        "scores: expected float32 or bfloat16 or float16 [R, N], got float64 [4, 9]",
     ),
     (
         merge_candidates,
@@ -612,6 +700,33 @@ WRONG = [
         "out scores: expected float32 [R=4, k=3], got float32 [4]",
     ),
     # flash_mla_sparse_fwd
+    (sparse, {"q": None}, "q: expected a tensor, got None"),
+    (
+        sparse,
+        {"kv": None},
+        "kv: expected bfloat16 [s_kv, 1, d_qk=96] or [pages, page_size, 1, d_qk=96], got None",
+    ),
+    (sparse, {"indices": None}, "indices: expected int32 [s_q=2, 1, topk], got None"),
+    (
+        sparse,
+        {"out": (t(2, 3, 64, dtype=BF16), t(2, 3))},
+        "out: expected a tensor or the tuple (out, max_logits, lse), got a tuple of 2",
+    ),
+    (
+        sparse,
+        {"out": (t(2, 3, 64, dtype=BF16), t(2, 3), None)},
+        "out: expected a tensor or the tuple (out, max_logits, lse), got a tuple of 3",
+    ),
+    (
+        sparse,
+        {"out": "out"},
+        "out: expected a tensor or the tuple (out, max_logits, lse), got str",
+    ),
+    (
+        sparse,
+        {"out": t(2, 3, 96, dtype=BF16)},
+        "out: expected bfloat16 [s_q=2, h_q=3, d_v=64], got bfloat16 [2, 3, 96]",
+    ),
     (
         sparse,
         {"q": t(2, 3, 96)},
@@ -695,6 +810,27 @@ WRONG = [
         "out lse: expected float32 [s_q=2, h_q=3], got bfloat16 [2, 3]",
     ),
     # flash_mla_with_kvcache
+    (decode, {"q": None}, "q: expected a tensor, got None"),
+    (
+        decode,
+        {"k_cache": None},
+        "k_cache: expected bfloat16 [pages, page_size, 1, d_qk=576], got None",
+    ),
+    (
+        decode,
+        {"indices": None},
+        "indices, block_table: expected one of them (sparse or dense), got None",
+    ),
+    (
+        decode,
+        {"out": [t(2, 1, 3, 512, dtype=BF16)]},
+        "out: expected a tensor or the tuple (out, lse), got a list of 1",
+    ),
+    (
+        decode,
+        {"out": t(2, 1, 3, 512, dtype=FP16)},
+        "out: expected bfloat16 [b=2, s_q=1, h_q=3, d_v=512], got float16 [2, 1, 3, 512]",
+    ),
     (
         decode,
         {"q": t(2, 3, 576, dtype=BF16)},
@@ -708,8 +844,9 @@ WRONG = [
     ),
     (
         decode,
-        {"k_cache": t(4, 8, 1, 656, dtype=UINT8)},
-        "k_cache: expected bfloat16 [pages, page_size, 1, d_qk=576], got uint8 [4, 8, 1, 656]",
+        {"k_cache": t(4, 8, 1, 576, dtype=UINT8)},
+        "k_cache: expected uint8 or int8 or float8_e4m3fn [pages, page_size, 1, 656], "
+        "got uint8 [4, 8, 1, 576]",
     ),
     (
         decode,
@@ -730,7 +867,7 @@ WRONG = [
     (
         decode_v32,
         {"q": t(2, 1, 3, 640, dtype=BF16)},
-        "q: expected d_qk 576 (656-byte rows) or 512 (584-byte rows) with is_fp8_kvcache, got 640",
+        "q: expected d_qk 576 (656-byte rows) or 512 (584-byte rows) with an FP8 k_cache, got 640",
     ),
     (
         decode_v32,
@@ -772,7 +909,7 @@ WRONG = [
         "extra_k_cache: expected uint8 or int8 or float8_e4m3fn "
         "[extra_pages, extra_page_size, 1, 656], got uint8 [3, 6, 1, 584]",
     ),
-    (decode_v32, {"head_dim_v": 448}, "head_dim_v: expected 512 with is_fp8_kvcache, got 448"),
+    (decode_v32, {"head_dim_v": 448}, "head_dim_v: expected 512 with an FP8 k_cache, got 448"),
     (
         decode,
         {"softmax_scale": -float("inf")},
@@ -831,7 +968,12 @@ WRONG = [
         {"extra_topk_length": i32(2)},
         "extra_topk_length: expected None in dense mode (indices=None), got int32 [2]",
     ),
-    (dense, {"block_table": None}, "block_table: expected int32 [b=2, P], got None"),
+    (
+        dense,
+        {"block_table": None},
+        "indices, block_table: expected one of them (sparse or dense), got None",
+    ),
+    (dense, {"block_table": i32(3, 7)}, "block_table: expected int32 [b=2, P], got int32 [3, 7]"),
     (
         dense,
         {"cache_seqlens": i32(3)},
@@ -861,39 +1003,87 @@ WRONG = [
     (
         decode,
         {"workspace": t(64, dtype=UINT8)[1:]},
-        "workspace: expected a 16-byte aligned tensor, got another",
+        "workspace: expected a 16-byte aligned tensor (address mod 16 = 0), got 1",
     ),
     # merge_attn_states
     (
         merge_states,
         {"outs": i32(2, 5, 3, 8)},
-        "outs: expected float32 or bfloat16 or float16 [n, s, h, d], got int32 [2, 5, 3, 8]",
+        "outs: expected float32 or bfloat16 or float16 [n, ..., h, d], got int32 [2, 5, 3, 8]",
     ),
     (
         merge_states,
         {"outs": t(2, 8)},
-        "outs: expected float32 or bfloat16 or float16 [n, s, h, d], got float32 [2, 8]",
+        "outs: expected float32 or bfloat16 or float16 [n, ..., h, d], got float32 [2, 8]",
+    ),
+    (merge_states, {"outs": None}, "outs: expected a tensor, got None"),
+    (merge_states, {"outs": [t(5, 3, 8), None]}, "outs: expected a tensor, got None"),
+    (merge_states, {"outs": []}, "outs: expected tensors of one shape, got none"),
+    (
+        merge_states,
+        {"outs": [t(5, 3, 8), t(5, 4, 8)]},
+        "outs: expected tensors of one shape, got float32 [5, 3, 8], float32 [5, 4, 8]",
     ),
     (
         merge_states,
         {"lses": t(2, 5, 4)},
-        "lses: expected float32 [n=2, s=5, h=3], got float32 [2, 5, 4]",
+        "lses: expected float32 [2, 5, 3], got float32 [2, 5, 4]",
+    ),
+    (
+        merge_states,
+        {"outs": t(2, 6, 5, 3, 8), "lses": t(2, 5, 6, 3)},
+        "lses: expected float32 [2, 6, 5, 3], got float32 [2, 5, 6, 3]",
+    ),
+    (
+        merge_states,
+        {"outs": t(2, 6, 5, 3, 8), "lses": t(2, 6, 5, 3, dtype=BF16)},
+        "lses: expected float32 [2, 6, 5, 3], got bfloat16 [2, 6, 5, 3]",
     ),
     (
         merge_states,
         {"out": (t(5, 3, 8, dtype=BF16), t(5, 3))},
-        "out: expected float32 [s=5, h=3, d=8], got bfloat16 [5, 3, 8]",
+        "out: expected float32 [5, 3, 8], got bfloat16 [5, 3, 8]",
+    ),
+    (
+        merge_states,
+        {"outs": t(2, 6, 5, 3, 8), "lses": t(2, 6, 5, 3), "out": t(5, 6, 3, 8)},
+        "out: expected float32 [6, 5, 3, 8], got float32 [5, 6, 3, 8]",
     ),
     (
         merge_states,
         {"out": (t(5, 3, 8), t(5, 4))},
-        "out lse: expected float32 [s=5, h=3], got float32 [5, 4]",
+        "out lse: expected float32 [5, 3], got float32 [5, 4]",
+    ),
+    (
+        merge_states,
+        {"out": (t(5, 3, 8),)},
+        "out: expected a tensor or the tuple (out, lse), got a tuple of 1",
+    ),
+    (
+        merge_states,
+        {
+            "outs": t(2, 6, 5, 3, 8),
+            "lses": t(2, 6, 5, 3),
+            "out": t(5, 6, 3, 8).transpose(0, 1),
+        },
+        "out: expected leading dimensions that view() merges into one, "
+        "got [6, 5, 3, 8] with strides [24, 144, 8, 1]",
+    ),
+    (
+        merge_states,
+        {
+            "outs": t(2, 6, 5, 3, 8),
+            "lses": t(2, 6, 5, 3),
+            "out": (t(6, 5, 3, 8), t(5, 6, 3).transpose(0, 1)),
+        },
+        "out lse: expected leading dimensions that view() merges into one, "
+        "got [6, 5, 3] with strides [3, 18, 1]",
     ),
     # hadamard_transform
     (
         hadamard,
         {"x": t(4, 8, dtype=torch.float64)},
-        "x: expected float32, bfloat16 or float16 [..., n], got another dtype [4, 8]",
+        "x: expected float32, bfloat16 or float16 [..., n], got float64 [4, 8]",
     ),
     (
         hadamard,
@@ -903,7 +1093,7 @@ WRONG = [
     (
         hadamard,
         {"x": t(8, 4).t()},
-        "x: expected stride 1 in the last dimension, got float32 [4, 8] with another",
+        "x: expected stride 1 in the last dimension, got strides [1, 4]",
     ),
     (
         hadamard,
@@ -920,9 +1110,21 @@ WRONG = [
     (
         hadamard,
         {"out": t(8, 4).t()},
-        "out: expected stride 1 in the last dimension, got float32 [4, 8] with another",
+        "out: expected stride 1 in the last dimension, got strides [1, 4]",
     ),
+    (hadamard, {"x": None}, "x: expected a tensor, got None"),
+    (hadamard, {"x": t(*[1] * 9)}, "x: expected at most 8 dimensions, got 9"),
+    (hadamard, {"scale": float("nan")}, "scale: expected a finite number, got nan"),
     # per_token_cast_to_fp8
+    (cast, {"x": None}, "x: expected a tensor, got None"),
+    (cast, {"x": t(*[1] * 65)[..., None][..., 0]}, "x: expected at most 8 dimensions, got 65"),
+    (cast, {"gran_k": 32}, "gran_k: expected 128, got 32"),
+    (cast, {"use_packed_ue8m0": True}, "use_packed_ue8m0: expected False, got True"),
+    (
+        cast,
+        {"out": (t(4, 200, dtype=E4M3), t(4, 2), t(4, 2))},
+        "out: expected a tensor or the tuple (values, scales), got a tuple of 3",
+    ),
     (
         cast,
         {"x": i32(4, 200)},
@@ -931,7 +1133,7 @@ WRONG = [
     (
         cast,
         {"x": across(t(4, 200))},
-        "x: expected stride 1 in the last dimension, got float32 [4, 200] with another",
+        "x: expected stride 1 in the last dimension, got strides [400, 2]",
     ),
     (
         cast,
@@ -952,8 +1154,18 @@ WRONG = [
     (indexer_write, {"k": t(6, 256)}, "k: expected a head dimension D from 1 to 128, got 256"),
     (
         indexer_write,
-        {"kv_cache": t(5, 8, 36, dtype=UINT8)},
-        "kv_cache: expected uint8 [pages, page_size, 1, D+4=36], got uint8 [5, 8, 36]",
+        {"kv_cache": t(5, 288, dtype=UINT8)},
+        "kv_cache: expected uint8 [pages, page_size, 1, D+4=36], got uint8 [5, 288]",
+    ),
+    (
+        indexer_write,
+        {"k": None},
+        "k: expected float32 or bfloat16 or float16 [T, D], got None",
+    ),
+    (
+        indexer_write,
+        {"kv_cache": None},
+        "kv_cache: expected uint8 [pages, page_size, 1, D+4=36], got None",
     ),
     (
         indexer_write,
@@ -971,6 +1183,13 @@ WRONG = [
         "scale_fmt: expected None, 'fp32' or 'ue8m0', got 'e8m0'",
     ),
     # gather_indexer_k_cache
+    (indexer_gather, {"kv_cache": None}, "kv_cache: expected a tensor, got None"),
+    (indexer_gather, {"num_tokens": -1}, "num_tokens: expected >= 0, got -1"),
+    (
+        indexer_gather,
+        {"out": (t(10, 32, dtype=E4M3), t(10), t(10))},
+        "out: expected a tensor or the tuple (keys, scales), got a tuple of 3",
+    ),
     (
         indexer_gather,
         {"kv_cache": t(5, 8, 36, dtype=UINT8)},
@@ -1041,8 +1260,19 @@ WRONG = [
     (
         mla_write_16,
         {"kv_cache": t(5, 8, 1, 576, dtype=FP16)},
-        "kv_cache: expected uint8 or bfloat16 [pages, page_size, 1, d_nope+d_rope=576], "
+        "kv_cache: expected bfloat16 [pages, page_size, 1, d_nope+d_rope=576], "
         "got float16 [5, 8, 1, 576]",
+    ),
+    (
+        mla_write,
+        {"kv_cache": t(5, 8, 1, 656, dtype=torch.int8)},
+        "kv_cache: expected uint8 [pages, page_size, 1, 656], got int8 [5, 8, 1, 656]",
+    ),
+    (mla_write, {"kv_c": None}, "kv_c: expected bfloat16 or float16 [T, d_nope], got None"),
+    (
+        mla_write_16,
+        {"kv_cache": None},
+        "kv_cache: expected bfloat16 [pages, page_size, 1, d_nope+d_rope=576], got None",
     ),
     (
         mla_write_16,
@@ -1065,6 +1295,8 @@ WRONG = [
         "slot_mapping: expected int32 or int64 [T=6], got float32 [6]",
     ),
     # gather_mla_kv_cache
+    (mla_gather, {"kv_cache": None}, "kv_cache: expected a tensor, got None"),
+    (mla_gather_16, {"num_tokens": -1}, "num_tokens: expected >= 0, got -1"),
     (
         mla_gather,
         {"kv_cache": t(5, 8, 1, 640, dtype=UINT8)},
@@ -1138,10 +1370,41 @@ def test_wrong_schedule_output():
     )
 
 
-def test_too_many_dimensions():
+OTHER_DTYPES = [
+    torch.float64,
+    torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e8m0fnu,
+    torch.float4_e2m1fn_x2,
+    torch.int16,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.bool,
+]
+
+
+@pytest.mark.parametrize("dtype", OTHER_DTYPES, ids=str)
+def test_dtypes_that_no_op_takes_are_named(dtype):
+    q = torch.empty(2, 4, 32, dtype=dtype)
     with pytest.raises(ValueError) as error:
-        dsa_ext.hadamard_transform(t(*[1] * 9))
-    assert str(error.value) == "dsa_ext: expected tensors of at most 8 dimensions, got 9"
+        dsa_ext.fp8_mqa_logits(**logits() | {"q": q, "out": t(2, 6)})
+    name = str(dtype).removeprefix("torch.")
+    assert str(error.value) == (
+        f"fp8_mqa_logits: q: expected float8_e4m3fn [S, H, D], got {name} [2, 4, 32]"
+    )
+
+
+def test_none_for_every_tensor_of_an_op():
+    """An undefined tensor where a tensor is required: the validator's message, from any place."""
+    for name in ("q", "k", "k_scale", "weights", "k_start", "k_end", "out"):
+        call = {
+            **{"q": t(2, 4, 32, dtype=E4M3), "k": t(6, 32, dtype=E4M3), "k_scale": t(6)},
+            **{"weights": t(2, 4), "k_start": i32(2), "k_end": i32(2), "clean_logits": True},
+            **{"max_seqlen_k": 0, "out": t(2, 6)},
+        }
+        with pytest.raises(ValueError, match=r"^fp8_mqa_logits: [\w\[\]]+: expected .*, got None$"):
+            torch.ops.dsa_ext.fp8_mqa_logits(**call | {name: None})
 
 
 def test_every_argument_that_is_checked_is_in_the_table():
@@ -1151,7 +1414,7 @@ def test_every_argument_that_is_checked_is_in_the_table():
     name = r'"((?:out )?[\w\[\]]+)"'
     named = set(re.findall(r"c\.(?:tensor|optional|absent)\(\s*" + name, text))
     named |= set(re.findall(r'c\.that\([^"]*?,\s*' + name + r",\s", text))
-    calls = r"(?:like_rows|rows_of_values|topk_outputs|attention_scale|fp8_mla_cache)"
+    calls = r"(?:like_rows|rows_of_values|topk_outputs|finite|fp8_mla_cache)"
     named |= set(re.findall(calls + r"\(c,\s*" + name, text))
     assert len(named) > 40
     tested = {message.split(":")[0] for _, _, message in WRONG}
@@ -1292,6 +1555,6 @@ def test_no_log_unless_asked_for(monkeypatch, capfd, value):
 def test_log_names_the_kernel(monkeypatch, capfd, case):
     monkeypatch.setenv("DSA_LOG", "1")
     FUNCTIONS[case](**case())
-    op = op_name(case)
+    op = op_name(case).replace("fp8_fp4_", "fp8_")  # other names of the same ops
     cpu = [k["id"] for k in _C.kernels() if k["op"] == op and k["device"] == "cpu"]
     assert capfd.readouterr().err == f"dsa_ext: {op} -> {cpu[0]}\n"

@@ -664,3 +664,22 @@ def test_poisoned_cache_is_never_selected_from(device):
     indices = dsa_ext.fp8_paged_mqa_topk(*case.args(), length + 5)
     expected = [*range(length), -1, -1, -1, -1, -1]
     assert indices[0].tolist() == expected
+
+
+# ---- DeepGEMM's number of SMs --------------------------------------------------------------------
+
+
+def test_number_of_sms():
+    """Of the device unless set; 1 without CUDA; 0 sets it back."""
+    cuda = torch.cuda.is_available()
+    own = torch.cuda.get_device_properties(0).multi_processor_count if cuda else 1
+    assert dsa_ext.get_num_sms() == own
+    try:
+        dsa_ext.set_num_sms(77)
+        assert dsa_ext.get_num_sms() == 77
+        with pytest.raises(ValueError, match=r"^set_num_sms: num_sms: expected >= 0, got -1$"):
+            dsa_ext.set_num_sms(-1)
+        assert dsa_ext.get_num_sms() == 77
+    finally:
+        dsa_ext.set_num_sms(0)
+    assert dsa_ext.get_num_sms() == own

@@ -102,8 +102,8 @@ def op_arguments(op: str, device: str) -> list[dict | tuple]:
             (*flat, 4, out(3, 4, dtype=INT32), out(3, 4), workspace),
         ],
         "fp8_paged_mqa_logits": [
-            (pq, cache, pweights, lens, table, None, width, True, out(2, 10)),
-            (pq, cache, pweights, lens[:, None], table, schedule, width, False, out(2, 10)),
+            (pq, cache, pweights, lens, table, None, width, True, None, out(2, 10)),
+            (pq, cache, pweights, lens[:, None], table, schedule, width, False, lens, out(2, 10)),
         ],
         "fp8_paged_mqa_topk": [
             (
@@ -122,11 +122,11 @@ def op_arguments(op: str, device: str) -> list[dict | tuple]:
         "topk_select": [
             (
                 *(torch.randn(3, 9, device=device), 4, None, None, None, 0, None, 0, None),
-                *(out(3, 4, dtype=INT32), None),
+                *(out(3, 4, dtype=INT32), None, None),
             ),
             (
                 *(torch.randn(3, 9, device=device), 4, start, end, start, 0, table_of_rows, 5),
-                *(start, out(3, 4, dtype=INT32), out(3, 4)),
+                *(start, out(3, 4, dtype=INT32), out(3, 4), workspace),
             ),
         ],
         "map_to_slots": [
@@ -174,7 +174,9 @@ def op_arguments(op: str, device: str) -> list[dict | tuple]:
                 *(out(3, 4, 8), out(3, 4)),
             )
         ],
-        "hadamard_transform": [(torch.randn(3, 64, device=device), out(3, 64))],
+        "hadamard_transform": [
+            (torch.randn(3, 64, device=device), scale, out(3, 64)) for scale in (None, 2.0)
+        ],
         "per_token_cast_to_fp8": [
             (torch.randn(3, 200, device=device), ue8m0, out(3, 200, dtype=E4M3), out(3, 2))
             for ue8m0 in (False, True)
@@ -256,7 +258,7 @@ def test_schema_says_which_arguments_are_written(op):
 WRITTEN = {
     "fp8_mqa_topk": {"indices", "scores", "workspace"},
     "fp8_paged_mqa_topk": {"indices", "scores", "workspace"},
-    "topk_select": {"indices", "out_scores"},
+    "topk_select": {"indices", "out_scores", "workspace"},
     "merge_topk": {"out_indices", "out_scores"},
     "flash_mla_sparse_fwd": {"out", "max_logits", "lse"},
     "flash_mla_with_kvcache": {"out", "lse", "workspace"},

@@ -147,6 +147,17 @@ def test_select_from_a_million(device, kind):
 
 
 @pytest.mark.ops("topk_select")
+def test_select_with_a_workspace(device):
+    """Of one byte where nothing needs more; the result is the same with one and without."""
+    size = dsa_ext.MAX_WORKSPACE_BYTES if device == "cuda" else 1
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    scores = torch.randn(1, 600_000, device=device)
+    got = dsa_ext.topk_select(scores, 64, return_scores=True, workspace=workspace)
+    for result, right in zip(got, dsa_ext.topk_select(scores, 64, return_scores=True), strict=True):
+        assert_same_bits(result, right)
+
+
+@pytest.mark.ops("topk_select")
 def test_select_takes_any_strides(device):
     base = all_kinds_of_scores(40, 60).to(device)
     views = {

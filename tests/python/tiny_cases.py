@@ -219,7 +219,7 @@ def _with_scores(s: Sizes, case: Case, rows: int) -> Case:
     case.kwargs |= {"k": k, "return_scores": scores}
     case.outs = [((rows, k), INT32), ((rows, k), FP32)][: 1 + scores]
     case.rules = ["bits", "values"][: 1 + scores]
-    case.takes_workspace = case.op.endswith("mqa_topk")
+    case.takes_workspace = case.op != "merge_topk"
     return case
 
 

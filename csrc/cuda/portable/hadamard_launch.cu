@@ -55,7 +55,8 @@ Status launch_cta(const HadamardParams& params, float scale) {
 
 Status hadamard_transform(const HadamardParams& params) {
   const std::int64_t n = params.x.size(-1);
-  const auto scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(n)));
+  const double orthonormal = 1.0 / std::sqrt(static_cast<double>(n));
+  const auto scale = static_cast<float>(params.scale.value_or(orthonormal));
   return with_value_type(params.x.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (n < 1 << kLog2WarpValues) return launch_warp<T, 0>(params, scale);

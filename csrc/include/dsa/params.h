@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "dsa/host_device.h"
 
@@ -21,8 +22,24 @@ enum class DType : std::uint8_t {
   kInt8,
   kInt32,
   kInt64,
-  kOther,  // a dtype that no op takes
+  // No op takes these: they have a name for messages, kOther has none.
+  kFloat64,
+  kFloat8E4M3Fnuz,
+  kFloat8E5M2,
+  kFloat8E8M0,
+  kFloat4E2M1,
+  kInt16,
+  kUInt16,
+  kUInt32,
+  kUInt64,
+  kBool,
+  kOther,
 };
+
+// What FP8 caches are held in.
+DSA_HOST_DEVICE constexpr bool is_8_bit(DType dtype) {
+  return dtype == DType::kUInt8 || dtype == DType::kInt8 || dtype == DType::kFloat8E4M3;
+}
 
 enum class DeviceType : std::uint8_t { kCpu, kCuda, kOther };
 
@@ -38,7 +55,7 @@ struct TensorView {
   void* data = nullptr;
   DType dtype = DType::kUndefined;
   Device device;
-  std::int32_t ndim = 0;
+  std::int32_t ndim = 0;  // past kMaxDims only the number is right: validate refuses it
   std::int64_t sizes[kMaxDims] = {};
   std::int64_t strides[kMaxDims] = {};
 
@@ -96,7 +113,8 @@ struct PagedMqaLogitsParams {
   TensorView schedule_meta;  // i32 [num_sms + 1, 2], optional: a hint for the GPU, never trusted
   std::int64_t max_context_len = 0;
   bool clean_logits = false;
-  TensorView out;  // f32 | bf16 [B * next_n, max_context_len]
+  TensorView indices;  // i32 [B], optional: checked, of no meaning here
+  TensorView out;      // f32 | bf16 [B * next_n, max_context_len]
   Launch launch;
 };
 
@@ -239,8 +257,9 @@ struct MergeAttnStatesParams {
 
 struct HadamardParams {
   static constexpr const char* kOp = "hadamard_transform";
-  TensorView x;    // f32 | bf16 | f16 [..., 2^m]
-  TensorView out;  // like x
+  TensorView x;                 // f32 | bf16 | f16 [..., 2^m]
+  std::optional<double> scale;  // of the result; none: 2^(-m / 2)
+  TensorView out;               // like x
   Launch launch;
 };
 

@@ -127,30 +127,33 @@ def flash_mla_with_kvcache(
     extra_indices_in_kvcache: Tensor | None = None,
     topk_length: Tensor | None = None,
     extra_topk_length: Tensor | None = None,
+    enable_batch_invariant: bool = False,
     *,
     batch_invariant: bool = False,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Decode attention over a paged cache (FlashMLA's flash_mla_with_kvcache).
 
-    q: [b, s_q, h_q, d_qk]. k_cache: float [pages, page_size, 1, d_qk], or with is_fp8_kvcache bytes
-    [..., 656] (d_qk 576) or [..., 584] (d_qk 512), used as e4m3 * scale without further rounding.
+    q: [b, s_q, h_q, d_qk]. k_cache: float [pages, page_size, 1, d_qk], or bytes [..., 656] (d_qk
+    576) or [..., 584] (d_qk 512), used as e4m3 * scale without further rounding; is_fp8_kvcache
+    demands bytes.
     Sparse: indices int32 [b, s_q, topk] are slots, those outside the cache are ignored; topk_length
     int32 [b] or [b, s_q]; extra_k_cache, extra_indices_in_kvcache and extra_topk_length are a
     second cache of the same format in the same softmax. Dense (indices None): block_table int32
     [b,P] and cache_seqlens int32 [b]; tokens in invalid pages are ignored; causal: query j sees the
     first cache_seqlen - s_q + 1 + j keys. softmax_scale defaults to d_qk^-0.5; attn_sink: fp32
-    [h_q]. tile_scheduler_metadata, num_splits and batch_invariant change nothing.
+    [h_q]. tile_scheduler_metadata, num_splits, batch_invariant and enable_batch_invariant change
+    nothing.
     Returns (out [b, s_q, h_q, head_dim_v] in out_dtype or q's dtype, lse fp32 (fp64 if an input is)
     [b, h_q, s_q], natural log, without the sink). Nothing valid: out 0, lse +inf. Differentiable in
     q, attn_sink and float caches.
     """
-    del tile_scheduler_metadata, num_splits, batch_invariant
+    del tile_scheduler_metadata, num_splits, batch_invariant, enable_batch_invariant
     batch, queries, heads, dim = q.shape
-    if (k_cache.element_size() == 1) != is_fp8_kvcache:
+    if is_fp8_kvcache and k_cache.element_size() != 1:
         raise ValueError(
-            f"flash_mla_with_kvcache: k_cache: expected {'bytes' if is_fp8_kvcache else 'floats'} "
-            f"for is_fp8_kvcache={is_fp8_kvcache}, got {k_cache.dtype}"
+            "flash_mla_with_kvcache: k_cache: expected bytes for is_fp8_kvcache=True, "
+            f"got {k_cache.dtype}"
         )
     if (extra_k_cache is None) != (extra_indices_in_kvcache is None):
         raise ValueError(

@@ -137,6 +137,8 @@ def fp8_paged_mqa_logits(
     schedule_meta: Tensor | None,
     max_context_len: int,
     clean_logits: bool = False,
+    indices: Tensor | None = None,
+    *,
     logits_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Indexer scores of a decode step over the paged cache (DeepGEMM's fp8_paged_mqa_logits).
@@ -144,11 +146,11 @@ def fp8_paged_mqa_logits(
     q: e4m3 [B,next_n,H,D]; kv_cache: uint8 [pages, page_size, 1, D+4]; weights: fp32 [B*next_n,H];
     context_lens: int32 [B] (row j sees len - next_n + 1 + j keys) or [B,next_n]; block_table: int32
     [B,P]. Returns logits_dtype [B*next_n, max_context_len]; columns past a row's length or in an
-    invalid page are -inf, whatever clean_logits says. schedule_meta is not used. For gradients, q
-    may be float and kv_cache a pair of floats (values [pages, page_size, D], scales [pages,
-    page_size]); differentiable in them and in weights.
+    invalid page are -inf, whatever clean_logits says. schedule_meta and indices are not used. For
+    gradients, q may be float and kv_cache a pair of floats (values [pages, page_size, D], scales
+    [pages, page_size]); differentiable in them and in weights.
     """
-    del clean_logits, schedule_meta  # What clean_logits leaves unspecified is -inf here.
+    del clean_logits, schedule_meta, indices  # What clean_logits leaves unspecified is -inf here.
     parts = (kv_cache,) if isinstance(kv_cache, Tensor) else kv_cache
     dtype = compute_dtype(q, weights, *parts)
     batch, next_n, heads, dim = q.shape

@@ -85,13 +85,21 @@ def quantize_last_dim(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
     return values.to(torch.float8_e4m3fn), scale
 
 
-def per_token_cast_to_fp8(x: Tensor, use_ue8m0: bool) -> tuple[Tensor, Tensor]:
+def per_token_cast_to_fp8(
+    x: Tensor, use_ue8m0: bool, gran_k: int = GROUP_SIZE, use_packed_ue8m0: bool = False
+) -> tuple[Tensor, Tensor]:
     """Quantise to e4m3 with one fp32 scale for each 128 consecutive values (DeepGEMM's function).
 
     x: fp32/bf16/fp16 [..., n]. Returns (e4m3 [..., n], fp32 scale [..., ceil(n/128)]) with
     value * scale ~ x. scale = max(amax, 1e-4) / 448, with `use_ue8m0` rounded up to a power of two;
-    the last group may be short. NaN stays NaN and does not enter amax.
+    the last group may be short. NaN stays NaN and does not enter amax. Of DeepGEMM's variants only
+    gran_k 128, use_packed_ue8m0 False.
     """
+    if gran_k != GROUP_SIZE or use_packed_ue8m0:
+        raise ValueError(
+            "per_token_cast_to_fp8: gran_k, use_packed_ue8m0: expected 128, False, "
+            f"got {gran_k}, {use_packed_ue8m0}"
+        )
     n = x.shape[-1]
     groups = -(-n // GROUP_SIZE)
     padded = torch.nn.functional.pad(x.detach().to(torch.float32), (0, groups * GROUP_SIZE - n))
@@ -102,11 +110,11 @@ def per_token_cast_to_fp8(x: Tensor, use_ue8m0: bool) -> tuple[Tensor, Tensor]:
     return flat.contiguous().view(torch.float8_e4m3fn), scale
 
 
-def hadamard_transform(x: Tensor) -> Tensor:
-    """Walsh-Hadamard transform of the last dimension, scaled by n^-0.5 (its own inverse).
+def hadamard_transform(x: Tensor, scale: float | None = None) -> Tensor:
+    """Walsh-Hadamard transform of the last dimension, times scale; n^-0.5 makes it its own inverse.
 
     x: fp32/bf16/fp16/fp64 [..., n], n = 2^m. Returns x.dtype, same shape; computed in fp32 (fp64
-    for fp64), Sylvester order: out[i] = n^-0.5 * sum_j (-1)^popcount(i & j) x[j]. Differentiable.
+    for fp64), Sylvester order: out[i] = scale * sum_j (-1)^popcount(i & j) x[j]. Differentiable.
     """
     n = x.shape[-1]
     if n < 1 or n & (n - 1):
@@ -119,5 +127,5 @@ def hadamard_transform(x: Tensor) -> Tensor:
         a, b = pairs.unbind(dim=-2)
         y = torch.stack((a + b, a - b), dim=-2)
         half *= 2
-    scaled: Tensor = y.reshape(x.shape) * n**-0.5
+    scaled: Tensor = y.reshape(x.shape) * (n**-0.5 if scale is None else scale)
     return scaled.to(x.dtype)
