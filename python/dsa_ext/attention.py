@@ -3,8 +3,8 @@
 
 One latent row is both key (all of it) and value (its first d_v numbers), shared by all heads. Every
 function raises ValueError for a wrong argument (one line: argument, expected, got) and RuntimeError
-when no kernel of this build takes the arguments. The ops are not differentiable: see
-``dsa_ext.reference`` for that.
+when no kernel of this build takes the arguments. The ops are not differentiable: where an input
+requires grad, backward() through a result raises RuntimeError; ``dsa_ext.reference`` is.
 """
 
 from __future__ import annotations
@@ -18,6 +18,29 @@ from torch import Tensor
 
 from dsa_ext._arguments import check_tensor, describe, dtype_name, unpack_out
 from dsa_ext._ops import ops
+
+
+class _NotDifferentiable(torch.autograd.Function):
+    """Makes backward() through results raise: without it their gradients would be missing."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, results: tuple[Tensor, ...], *inputs: Tensor | None) -> Any:
+        # Torch does not look into a tuple: the results are no inputs, and are returned as they are.
+        ctx.op = op
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            f"{ctx.op}: not differentiable; use the function of this name in dsa_ext.reference"
+        )
+
+
+def _raise_in_backward(op: str, results: tuple[Tensor, ...], *inputs: Tensor | None) -> None:
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    if any(t is not None and t.requires_grad for t in inputs):
+        _NotDifferentiable.apply(op, results, *inputs)  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -90,6 +113,7 @@ def flash_mla_sparse_fwd(
     ops.flash_mla_sparse_fwd(
         q, kv, indices, sm_scale, d_v, attn_sink, topk_length, result, max_logits, lse
     )
+    _raise_in_backward(op, (result, max_logits, lse), q, kv, attn_sink)
     return result, max_logits, lse
 
 
@@ -185,6 +209,7 @@ def flash_mla_with_kvcache(
         lse,
         workspace,
     )
+    _raise_in_backward(op, (result, lse), q, k_cache, extra_k_cache, attn_sink)
     return result, lse
 
 
@@ -234,6 +259,7 @@ def merge_attn_states(
         _view_of_rows("out", merged, 2),
         _view_of_rows("out lse", lse, 1),
     )
+    _raise_in_backward(op, (merged, lse), outs, lses)
     return merged, lse
 
 

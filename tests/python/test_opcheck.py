@@ -474,9 +474,65 @@ def test_compile_with_inductor(device):
     assert_same_bits(cache, twin)
 
 
-def test_ops_cut_the_autograd_graph(device):
-    """Forward-only: inputs that require grad are taken, results do not."""
+# ---- autograd ------------------------------------------------------------------------------------
+
+# An attention function, its arguments on a device, those that may require grad.
+ATTENTION = {
+    "flash_mla_sparse_fwd": (
+        lambda device: (
+            dict(zip(("q", "kv", "indices", "sm_scale", "d_v"), sparse(device), strict=True))
+            | {"attn_sink": torch.randn(4, device=device)}
+        ),
+        ("q", "kv", "attn_sink"),
+    ),
+    "flash_mla_with_kvcache": (
+        lambda device: cached(device, "bf16") | {"attn_sink": torch.randn(3, device=device)},
+        ("q", "k_cache", "attn_sink"),
+    ),
+    "merge_attn_states": (
+        lambda device: {
+            "outs": torch.randn(2, 3, 4, 8, device=device),
+            "lses": torch.randn(2, 3, 4, device=device),
+        },
+        ("outs", "lses"),
+    ),
+}
+REQUIRES_GRAD = [(op, name) for op, (_, names) in ATTENTION.items() for name in names]
+
+
+@pytest.mark.parametrize(("op", "name"), REQUIRES_GRAD)
+def test_backward_through_attention_raises(device, op, name):
+    """Forward goes on, into the same outputs; a backward does not lose the gradients in silence."""
+    function, case = getattr(dsa_ext, op), ATTENTION[op][0](device)
+    expected = function(**case)
+    assert not any(result.requires_grad for result in expected)
+    case[name].requires_grad_()
+    out = tuple(torch.empty_like(result) for result in expected)
+    for results in (function(**case), function(**case, out=out), function(**case, out=out)):
+        for result, right in zip(results, expected, strict=True):
+            assert_same_bits(result.detach(), right)
+            with pytest.raises(RuntimeError) as error:
+                result.float().sum().backward()
+            assert str(error.value) == (
+                f"{op}: not differentiable; use the function of this name in dsa_ext.reference"
+            )
+    assert all(result is given for result, given in zip(results, out, strict=True))
+    part = torch.empty((*out[0].shape[:-1], 2 * out[0].shape[-1]), dtype=out[0].dtype)
+    part = part.to(device)[..., : out[0].shape[-1]]
+    assert function(**case, out=part)[0] is part
+    with pytest.raises(RuntimeError, match=r"dsa_ext\.reference"):
+        part.float().sum().backward()
+    with torch.no_grad():
+        assert not any(result.requires_grad for result in function(**case))
+
+
+def test_attention_with_gradients_compiles(device):
+    """The check is of eager calls alone: a graph of the op, without a break, is as before."""
     q, kv, indices, scale, d_v = sparse(device)
-    out, _, lse = dsa_ext.flash_mla_sparse_fwd(q.requires_grad_(), kv, indices, scale, d_v)
-    assert not out.requires_grad
-    assert not lse.requires_grad
+    torch._dynamo.reset()
+    compiled = torch.compile(dsa_ext.flash_mla_sparse_fwd, fullgraph=True, backend="aot_eager")
+    expected = dsa_ext.flash_mla_sparse_fwd(q, kv, indices, scale, d_v)
+    for result, right in zip(
+        compiled(q.requires_grad_(), kv, indices, scale, d_v), expected, strict=True
+    ):
+        assert_same_bits(result.detach(), right)
