@@ -474,6 +474,44 @@ def test_compile_with_inductor(device):
     assert_same_bits(cache, twin)
 
 
+# ---- devices -------------------------------------------------------------------------------------
+
+
+def tensors_of(arguments: dict) -> list[str]:
+    return [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_one_tensor_on_meta(op):
+    """Torch calls the fake kernel then: no result is left unwritten in silence."""
+    for arguments in op_arguments(op, "cpu"):
+        if not isinstance(arguments, dict):
+            names = [a.name for a in torch._C._get_schema(f"dsa_ext::{op}", "").arguments]
+            arguments = dict(zip(names, arguments, strict=True))
+        for index, name in enumerate(tensors_of(arguments)):
+            mixed = arguments | {name: arguments[name].to("meta")}
+            with pytest.raises(ValueError) as error:
+                getattr(torch.ops.dsa_ext, op)(**mixed)
+            second = tensors_of(arguments)[1]
+            expected = (
+                f"{op}: {name}: expected a tensor on cpu, got one on meta"
+                if index
+                else f"{op}: {second}: expected a tensor on meta, got one on cpu"
+            )
+            assert str(error.value) == expected
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_meta_tensors(op):
+    """All on meta: shapes and dtypes, as of fake tensors."""
+    call, make, expected = PUBLIC[op]
+    arguments = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), make("cpu"))
+    results = as_tuple(call(*arguments))
+    assert [(tuple(r.shape), r.dtype, r.device.type) for r in results] == [
+        (shape, dtype, "meta") for shape, dtype in expected
+    ]
+
+
 # ---- autograd ------------------------------------------------------------------------------------
 
 # An attention function, its arguments on a device, those that may require grad.
