@@ -440,6 +440,23 @@ def test_compile(device, op):
     check_compiled(op, device, backend="aot_eager")
 
 
+@pytest.mark.ops("flash_mla_sparse_fwd")
+@pytest.mark.parametrize("given", [1, 3])
+def test_compile_with_out(device, given):
+    """A tensor, or a tuple: unpacked in the graph."""
+
+    def work(arguments, out):
+        return dsa_ext.flash_mla_sparse_fwd(*arguments, out=out[0] if len(out) == 1 else out)
+
+    arguments = sparse(device)
+    expected = dsa_ext.flash_mla_sparse_fwd(*arguments)
+    out = tuple(torch.empty_like(result) for result in expected[:given])
+    torch._dynamo.reset()
+    got = torch.compile(work, fullgraph=True, backend="aot_eager")(arguments, out)
+    for result, right in zip((*got, *out), (*expected, *expected), strict=False):
+        assert_same_bits(result, right)
+
+
 @pytest.mark.parametrize("op", ["topk_select", "hadamard_transform"])
 def test_compile_with_dynamic_shapes(device, op):
     """One graph for all row counts."""
