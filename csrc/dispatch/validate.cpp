@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "dispatch/validate.h"
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <string>
 
 #include "dispatch/check.h"
@@ -31,17 +34,28 @@ void contiguous_pages(Check& c, const char* name, const TensorView& cache) {
          "stride(1) = " + std::to_string(cache.stride(1)));
 }
 
-// A cache that is written: two threads must never own the same byte.
-void disjoint_pages(Check& c, const TensorView& cache) {
-  if (!c.ok()) return;
-  const auto nested = [&cache](int outer, int inner) {
-    const std::int64_t row = cache.size(3), count = cache.size(inner);
-    const std::int64_t extent = count > 1 ? (count - 1) * cache.stride(inner) + row : row;
-    return (count <= 1 || cache.stride(inner) >= row) &&
-           (cache.size(outer) <= 1 || cache.stride(outer) >= extent);
-  };
-  c.that(nested(0, 1) || nested(1, 0), "kv_cache", "pages that do not overlap, to be written",
-         "a page stride of " + std::to_string(cache.stride(0)));
+// What is written: two threads must never own the same byte.
+void disjoint(Check& c, const char* name, const TensorView& t) {
+  if (!c.ok() || t.numel() == 0) return;
+  std::array<int, kMaxDims> dims;
+  std::iota(dims.begin(), dims.end(), 0);
+  const auto end = dims.begin() + std::min(t.ndim, kMaxDims);
+  std::sort(dims.begin(), end, [&](int x, int y) { return t.strides[x] < t.strides[y]; });
+  std::int64_t extent = 1;  // elements that the dimensions so far span
+  for (auto dim = dims.begin(); dim != end; ++dim) {
+    if (t.sizes[*dim] == 1) continue;
+    if (t.strides[*dim] < extent) {
+      return c.that(false, name, "elements that do not overlap, to be written",
+                    describe_strides(t));
+    }
+    extent += (t.sizes[*dim] - 1) * t.strides[*dim];
+  }
+}
+
+void output(Check& c, const char* name, const TensorView& t, DTypes dtypes, Shape shape,
+            Layout layout = Layout::kInnerContiguous) {
+  c.tensor(name, t, dtypes, shape, layout);
+  disjoint(c, name, t);
 }
 
 void indexer_cache(Check& c, const TensorView& cache) {
@@ -103,8 +117,8 @@ void topk_outputs(Check& c, const char* name, const TensorView& indices, const T
                   const char* rows, std::int64_t topk) {
   c.that(topk >= 1 && topk <= kMaxInt32, "k", "1 to 2147483647", topk);
   c.bind("k", topk);
-  c.tensor(name, indices, {kI32}, {rows, "k"});
-  c.optional("out scores", scores, DTypes{kF32}, Shape{rows, "k"});
+  output(c, name, indices, {kI32}, {rows, "k"});
+  if (scores.defined()) output(c, "out scores", scores, {kF32}, {rows, "k"});
 }
 
 // Rows map to requests evenly unless row_to_request says otherwise.
@@ -127,6 +141,7 @@ void page_table(Check& c, const TensorView& block_table, std::int64_t page_size,
 void workspace(Check& c, const TensorView& t) {
   c.optional("workspace", t, DTypes{kU8}, Shape{"bytes"});
   if (!c.ok() || !t.defined()) return;
+  c.that(t.size(0) <= 1 || t.stride(0) == 1, "workspace", "contiguous bytes", describe_strides(t));
   const auto offset = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(t.data) % 16);
   c.that(offset == 0, "workspace", "a 16-byte aligned tensor (address mod 16 = 0)", offset);
 }
@@ -143,7 +158,7 @@ Status validate(const MqaLogitsParams& p) {
   c.that(p.max_seqlen_k >= 0 && p.max_seqlen_k <= kMaxInt32, "max_seqlen_k", "0 to 2147483647",
          p.max_seqlen_k);
   c.bind("max_seqlen_k", p.max_seqlen_k);
-  c.tensor("out", p.out, {kF32, kBF16}, {"S", p.max_seqlen_k > 0 ? "max_seqlen_k" : "L"});
+  output(c, "out", p.out, {kF32, kBF16}, {"S", p.max_seqlen_k > 0 ? "max_seqlen_k" : "L"});
   return c.take();
 }
 
@@ -153,7 +168,7 @@ Status validate(const PagedMqaLogitsParams& p) {
                       p.max_context_len);
   c.optional("indices", p.indices, DTypes{kI32}, Shape{"B"});
   c.bind("max_context_len", p.max_context_len);
-  c.tensor("out", p.out, {kF32, kBF16}, {"B*next_n", "max_context_len"});
+  output(c, "out", p.out, {kF32, kBF16}, {"B*next_n", "max_context_len"});
   return c.take();
 }
 
@@ -164,7 +179,7 @@ Status validate(const PagedMqaLogitsMetadataParams& p) {
   c.that(p.num_sms >= 1 && p.num_sms < kMaxInt32, "num_sms", "1 to 2147483646", p.num_sms);
   c.optional("indices", p.indices, DTypes{kI32}, Shape{"B"});
   c.bind("num_sms+1", p.num_sms + 1);
-  c.tensor("out", p.out, {kI32}, {"num_sms+1", "2"});
+  output(c, "out", p.out, {kI32}, {"num_sms+1", "2"});
   return c.take();
 }
 
@@ -211,9 +226,9 @@ Status validate(const MapToSlotsParams& p) {
   const std::int64_t rows = p.indices.ndim == 3 ? c.dim("requests") * c.dim("s") : c.dim("rows");
   page_table(c, p.block_table, p.page_size, p.row_to_request, rows);
   if (p.indices.ndim == 3) {
-    c.tensor("out", p.out, {kI32}, {"requests", "s", "k"});
+    output(c, "out", p.out, {kI32}, {"requests", "s", "k"});
   } else {
-    c.tensor("out", p.out, {kI32}, {"rows", "k"});
+    output(c, "out", p.out, {kI32}, {"rows", "k"});
   }
   return c.take();
 }
@@ -267,9 +282,9 @@ Status validate(const SparseFwdParams& p) {
   c.optional("attn_sink", p.attn_sink, DTypes{kF32}, Shape{"h_q"});
   c.optional("topk_length", p.topk_length, DTypes{kI32}, Shape{"s_q"});
   c.bind("d_v", p.d_v);
-  c.tensor("out", p.out, {p.q.dtype}, {"s_q", "h_q", "d_v"});
-  c.tensor("out max_logits", p.max_logits, {kF32}, {"s_q", "h_q"}, Layout::kAnyStrides);
-  c.tensor("out lse", p.lse, {kF32}, {"s_q", "h_q"}, Layout::kAnyStrides);
+  output(c, "out", p.out, {p.q.dtype}, {"s_q", "h_q", "d_v"});
+  output(c, "out max_logits", p.max_logits, {kF32}, {"s_q", "h_q"}, Layout::kAnyStrides);
+  output(c, "out lse", p.lse, {kF32}, {"s_q", "h_q"}, Layout::kAnyStrides);
   return c.take();
 }
 
@@ -340,8 +355,8 @@ Status validate(const KvCacheFwdParams& p) {
   p.indices.defined() ? kvcache_sparse(c, p) : kvcache_dense(c, p);
   c.optional("attn_sink", p.attn_sink, DTypes{kF32}, Shape{"h_q"});
   c.bind("d_v", p.head_dim_v);
-  c.tensor("out", p.out, {p.q.dtype}, {"b", "s_q", "h_q", "d_v"});
-  c.tensor("out lse", p.lse, {kF32}, {"b", "h_q", "s_q"}, Layout::kAnyStrides);
+  output(c, "out", p.out, {p.q.dtype}, {"b", "s_q", "h_q", "d_v"});
+  output(c, "out lse", p.lse, {kF32}, {"b", "h_q", "s_q"}, Layout::kAnyStrides);
   workspace(c, p.workspace);
   return c.take();
 }
@@ -350,8 +365,8 @@ Status validate(const MergeAttnStatesParams& p) {
   Check c(p.kOp, p.launch.device);
   c.tensor("outs", p.outs, {kF32, kBF16, kF16}, {"n", "s", "h", "d"});
   c.tensor("lses", p.lses, {kF32}, {"n", "s", "h"}, Layout::kAnyStrides);
-  c.tensor("out", p.out, {p.outs.dtype}, {"s", "h", "d"});
-  c.tensor("out lse", p.lse, {kF32}, {"s", "h"}, Layout::kAnyStrides);
+  output(c, "out", p.out, {p.outs.dtype}, {"s", "h", "d"});
+  output(c, "out lse", p.lse, {kF32}, {"s", "h"}, Layout::kAnyStrides);
   return c.take();
 }
 
@@ -387,6 +402,7 @@ void like_rows(Check& c, const char* name, const TensorView& t, DType dtype, con
          describe_tensor(t));
   c.that(t.device == like.device, name, "a tensor on the device of x", device_name(t.device));
   inner_contiguous(c, name, t);
+  disjoint(c, name, t);
 }
 
 }  // namespace
@@ -418,7 +434,7 @@ Status validate(const IndexerCacheWriteParams& p) {
   c.tensor("k", p.k, {kF32, kBF16, kF16}, {"T", "D"});
   c.that(c.dim("D") >= 1 && c.dim("D") <= 128, "k", "a head dimension D from 1 to 128", c.dim("D"));
   indexer_cache(c, p.kv_cache);
-  disjoint_pages(c, p.kv_cache);
+  disjoint(c, "kv_cache", p.kv_cache);
   c.tensor("slot_mapping", p.slot_mapping, {kI32, kI64}, {"T"});
   return c.take();
 }
@@ -432,8 +448,8 @@ Status validate(const IndexerCacheGatherParams& p) {
   c.tensor("block_table", p.block_table, {kI32}, {"B", "P"});
   c.bind("B+1", c.dim("B") + 1);
   c.tensor("cu_seqlens", p.cu_seqlens, {kI32}, {"B+1"});
-  c.tensor("out k", p.k, {kE4M3}, {"num_tokens", "D"});
-  c.tensor("out k_scale", p.k_scale, {kF32}, {"num_tokens"});
+  output(c, "out k", p.k, {kE4M3}, {"num_tokens", "D"});
+  output(c, "out k_scale", p.k_scale, {kF32}, {"num_tokens"});
   return c.take();
 }
 
@@ -457,7 +473,7 @@ Status validate(const MlaCacheWriteParams& p) {
     c.tensor("kv_cache", p.kv_cache, {p.kv_c.dtype}, {"pages", "page_size", "1", "d_nope+d_rope"});
     if (c.ok()) c.that(p.kv_cache.size(1) >= 1, "kv_cache", "page_size >= 1", p.kv_cache.size(1));
   }
-  disjoint_pages(c, p.kv_cache);
+  disjoint(c, "kv_cache", p.kv_cache);
   c.tensor("slot_mapping", p.slot_mapping, {kI32, kI64}, {"T"});
   return c.take();
 }
@@ -480,7 +496,7 @@ Status validate(const MlaCacheGatherParams& p) {
   c.tensor("block_table", p.block_table, {kI32}, {"B", "P"});
   c.bind("B+1", c.dim("B") + 1);
   c.tensor("cu_seqlens", p.cu_seqlens, {kI32}, {"B+1"});
-  c.tensor("out", p.out, {out_dtype}, {"num_tokens", "d"});
+  output(c, "out", p.out, {out_dtype}, {"num_tokens", "d"});
   return c.take();
 }
 

@@ -377,6 +377,16 @@ WRONG = [
     # fp8_mqa_topk
     (
         topk,
+        {"out": i32(3).expand(2, 3)},
+        "out: expected elements that do not overlap, to be written, got strides [0, 1]",
+    ),
+    (
+        topk,
+        {"return_scores": True, "out": (i32(2, 3), t(4).as_strided((2, 3), (1, 1)))},
+        "out scores: expected elements that do not overlap, to be written, got strides [1, 1]",
+    ),
+    (
+        topk,
         {"kv": [t(6, 32, dtype=E4M3)]},
         "kv: expected the pair (keys, scales), got a list of 1",
     ),
@@ -428,6 +438,11 @@ WRONG = [
         topk,
         {"workspace": t(64, dtype=UINT8)[1:]},
         "workspace: expected a 16-byte aligned tensor (address mod 16 = 0), got 1",
+    ),
+    (
+        topk,
+        {"workspace": t(1, dtype=UINT8).expand(64)},
+        "workspace: expected contiguous bytes, got strides [0]",
     ),
     # fp8_paged_mqa_logits
     (
@@ -559,6 +574,11 @@ WRONG = [
         {"workspace": t(64, dtype=UINT8)[1:]},
         "workspace: expected a 16-byte aligned tensor (address mod 16 = 0), got 1",
     ),
+    (
+        paged_topk,
+        {"workspace": t(1, dtype=UINT8).expand(64)},
+        "workspace: expected contiguous bytes, got strides [0]",
+    ),
     # get_paged_mqa_logits_metadata
     (
         metadata,
@@ -580,6 +600,11 @@ WRONG = [
         select,
         {"workspace": t(64, dtype=UINT8)[1:]},
         "workspace: expected a 16-byte aligned tensor (address mod 16 = 0), got 1",
+    ),
+    (
+        select,
+        {"workspace": t(1, dtype=UINT8).expand(64)},
+        "workspace: expected contiguous bytes, got strides [0]",
     ),
     (
         select,
@@ -1005,6 +1030,11 @@ WRONG = [
         {"workspace": t(64, dtype=UINT8)[1:]},
         "workspace: expected a 16-byte aligned tensor (address mod 16 = 0), got 1",
     ),
+    (
+        decode,
+        {"workspace": t(1, dtype=UINT8).expand(64)},
+        "workspace: expected contiguous bytes, got strides [0]",
+    ),
     # merge_attn_states
     (
         merge_states,
@@ -1109,6 +1139,11 @@ WRONG = [
     (hadamard, {"out": t(5, 8)}, "out: expected a tensor like x, got float32 [5, 8]"),
     (
         hadamard,
+        {"out": t(8).expand(4, 8)},
+        "out: expected elements that do not overlap, to be written, got strides [0, 1]",
+    ),
+    (
+        hadamard,
         {"out": t(8, 4).t()},
         "out: expected stride 1 in the last dimension, got strides [1, 4]",
     ),
@@ -1170,7 +1205,7 @@ WRONG = [
     (
         indexer_write,
         {"kv_cache": t(1, 8, 1, 36, dtype=UINT8).expand(5, 8, 1, 36)},
-        "kv_cache: expected pages that do not overlap, to be written, got a page stride of 0",
+        "kv_cache: expected elements that do not overlap, to be written, got strides [0, 36, 36, 1]",
     ),
     (
         indexer_write,
@@ -1282,12 +1317,14 @@ WRONG = [
     (
         mla_write_16,
         {"kv_cache": t(5 * 4608, dtype=BF16).as_strided((5, 8, 1, 576), (4032, 576, 576, 1))},
-        "kv_cache: expected pages that do not overlap, to be written, got a page stride of 4032",
+        "kv_cache: expected elements that do not overlap, to be written, "
+        "got strides [4032, 576, 576, 1]",
     ),
     (
         mla_write,
         {"kv_cache": t(1, 8, 1, 656, dtype=UINT8).expand(5, 8, 1, 656)},
-        "kv_cache: expected pages that do not overlap, to be written, got a page stride of 0",
+        "kv_cache: expected elements that do not overlap, to be written, "
+        "got strides [0, 656, 656, 1]",
     ),
     (
         mla_write,
