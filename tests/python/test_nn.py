@@ -223,6 +223,23 @@ def test_mask_narrows_both_modes():
     assert not (layer(x, sparse=True, mask=window).selected & ~window).any()
 
 
+@pytest.mark.parametrize("index_loss", [False, True])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_query_that_sees_nothing_gives_zeros(sparse, index_loss):
+    """And finite derivatives, on their whole way back."""
+    layer = DSAttention(SMALL)
+    x = torch.randn(1, 20, SMALL.dim, requires_grad=True)
+    mask = torch.ones(20, 20, dtype=torch.bool)
+    mask[[0, 7]] = False
+    with torch.autograd.set_detect_anomaly(True):
+        result = layer(x, sparse=sparse, index_loss=index_loss, mask=mask)
+        assert not result.out[:, [0, 7]].any() and result.out[:, 1:7].all()
+        loss = result.out.square().sum() + (result.index_loss if index_loss else 0)
+        loss.backward()
+    gradients = [p.grad for p in layer.parameters() if p.grad is not None]
+    assert all(torch.isfinite(g).all() for g in (*gradients, x.grad, loss))
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 def test_index_loss_is_the_kl_over_what_is_read(sparse):
     layer, x = DSAttention(SMALL).double(), torch.randn(1, 25, SMALL.dim).double()

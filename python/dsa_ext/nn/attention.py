@@ -69,7 +69,8 @@ class DSAttention(nn.Module):
         """Attend within whole sequences: x [B, S, dim], from position 0.
 
         ``mask`` (bool, broadcastable to [B, S, S]) narrows what a query sees, on top of causality;
-        in sparse mode the indexer chooses among what is left.
+        in sparse mode the indexer chooses among what is left. A query that sees nothing gets zeros
+        from every head.
         """
         cfg = self.config
         seq = x.shape[1]
@@ -95,7 +96,10 @@ class DSAttention(nn.Module):
         if index_loss:
             assert scores is not None
             logits = (q @ k.transpose(-1, -2)).float() * cfg.softmax_scale
-            probs = logits.masked_fill(~seen.unsqueeze(1), -torch.inf).softmax(-1)
+            unseen = ~seen.unsqueeze(1)
+            # Not -inf: a row of nothing else would be NaN, and so its derivative. Here it is zero.
+            probs = logits.masked_fill(unseen, torch.finfo(logits.dtype).min).softmax(-1)
+            probs = probs.masked_fill(unseen, 0.0)
             heads = probs.to(v.dtype) @ v
             loss = indexer_kl_loss(
                 scores.flatten(0, 1),
