@@ -11,10 +11,21 @@
 
 namespace dsa {
 
+namespace {
+
+#if DSA_WITH_CUDA
+constexpr const char* kNoCudaKernels = "";
+#else
+constexpr const char* kNoCudaKernels = " (built without CUDA)";
+#endif
+
+}  // namespace
+
 Support runs_on(const Target& target, Device device) {
   if (target.type == device.type) return target.supports(device);
   return {"takes " + std::string(target.type == DeviceType::kCpu ? "cpu" : "cuda") +
-          " tensors, not " + device_name(device)};
+          " tensors, not " + device_name(device) +
+          (device.type == DeviceType::kCuda ? kNoCudaKernels : "")};
 }
 
 namespace {
@@ -65,9 +76,8 @@ constexpr Target kCpu = {DeviceType::kCpu, any};
 #if DSA_WITH_CUDA
 // What every CUDA kernel needs.
 Support sm80(const Device& device) {
-  const int arch = cuda::device_limits(device).arch;
-  if (arch >= 80) return {};
-  return {"SM80 or newer, not SM" + std::to_string(arch)};
+  if (cuda::device_limits(device).arch >= 80) return {};
+  return {cuda::arch_refusal("SM80 or newer", device)};
 }
 
 constexpr Target kSm80 = {DeviceType::kCuda, sm80};
@@ -92,9 +102,8 @@ constexpr const char* kDecodeCuda =
 #if DSA_WITH_SM90A
 // What Hopper's own instructions need.
 Support sm90a(const Device& device) {
-  const int arch = cuda::device_limits(device).arch;
-  if (arch == 90) return {};
-  return {"SM90, not SM" + std::to_string(arch)};
+  if (cuda::device_limits(device).arch == 90) return {};
+  return {cuda::arch_refusal("SM90", device)};
 }
 
 constexpr Target kSm90a = {DeviceType::kCuda, sm90a};

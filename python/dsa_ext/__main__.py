@@ -26,12 +26,21 @@ def _where(kernel: _C.Kernel) -> str:
     return "yes" if "" in refusals else f"no: {refusals[0]}"
 
 
+def _devices() -> str:
+    """Name the CUDA devices, or say why this build sees none."""
+    found = [f"{d['name']} (SM{d['arch']}, {d['num_sms']} SMs)" for d in _C.cuda_devices()]
+    cuda = [kernel["id"] for kernel in _C.kernels() if kernel["device"] == "cuda"]
+    why = f" ({_C.kernel_refusal(cuda[0], 0)})" if cuda and not found else ""
+    return ", ".join(found) or f"none visible{why}"
+
+
 def report() -> str:
     """Return versions, devices, and every kernel with whether it can run here."""
     info = _C.build_info()
     cuda = f"{info['cuda']} (archs {info['cuda_archs']})" if info["cuda"] else "not built"
-    devices = [f"{d['name']} (SM{d['arch']}, {d['num_sms']} SMs)" for d in _C.cuda_devices()]
     settings = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("DSA_")]
+    kernels = [(k, _where(k)) for k in sorted(_C.kernels(), key=lambda k: k["op"])]
+    width = max(len(where) for where in ("runs here", *(w for _, w in kernels)))
     lines = [
         f"dsa_ext      {dsa_ext.__version__}",
         f"python       {platform.python_version()} on {platform.platform()}",
@@ -39,15 +48,12 @@ def report() -> str:
         f"compiler     {info['compiler']}",
         f"CPU          {info['cpu_isa']} kernels, {torch.get_num_threads()} threads",
         f"CUDA build   {cuda}",
-        f"CUDA devices {', '.join(devices) or 'none visible'}",
+        f"CUDA devices {_devices()}",
         f"settings     {' '.join(settings) or 'none (DSA_LOG, DSA_FORCE_KERNEL, DSA_CPU_ISA)'}",
         "",
-        f"{'op':32} {'kernel':36} {'runs here':10} takes",
+        f"{'op':32} {'kernel':36} {'runs here':{width}}  takes",
     ]
-    lines += [
-        f"{k['op']:32} {k['id']:36} {_where(k):10} {k['takes']}"
-        for k in sorted(_C.kernels(), key=lambda k: k["op"])
-    ]
+    lines += [f"{k['op']:32} {k['id']:36} {where:{width}}  {k['takes']}" for k, where in kernels]
     return "\n".join(lines)
 
 

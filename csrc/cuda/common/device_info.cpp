@@ -26,13 +26,24 @@ std::vector<DeviceInfo> device_infos() {
 
 namespace {
 
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  if (cudaDeviceGetAttribute(&value, which, device) != cudaSuccess) {
-    cudaGetLastError();
-    return 0;
-  }
-  return value;
+DeviceLimits ask(int device) {
+  cudaError_t error = cudaSuccess;
+  const auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, which, device);
+    return value;
+  };
+  DeviceLimits limits;
+  limits.arch = 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+                attribute(cudaDevAttrComputeCapabilityMinor);
+  limits.num_sms = attribute(cudaDevAttrMultiProcessorCount);
+  limits.shared_bytes_per_cta =
+      static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  if (error == cudaSuccess) return limits;
+  cudaGetLastError();  // whoever wants this device reports it
+  limits = {};
+  limits.error = cudaGetErrorString(error);
+  return limits;
 }
 
 }  // namespace
@@ -41,15 +52,14 @@ const DeviceLimits& device_limits(Device device) {
   static std::once_flag asked[kMaxDevices];
   static DeviceLimits limits[kMaxDevices];
   const int slot = device.index % kMaxDevices;
-  std::call_once(asked[slot], [&] {
-    DeviceLimits& l = limits[slot];
-    l.arch = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device.index) +
-             attribute(cudaDevAttrComputeCapabilityMinor, device.index);
-    l.num_sms = attribute(cudaDevAttrMultiProcessorCount, device.index);
-    l.shared_bytes_per_cta =
-        static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index));
-  });
+  std::call_once(asked[slot], [&] { limits[slot] = ask(device.index); });
   return limits[slot];
+}
+
+std::string arch_refusal(const char* wanted, Device device) {
+  const DeviceLimits& limits = device_limits(device);
+  if (limits.error != nullptr) return std::string("cudaDeviceGetAttribute: ") + limits.error;
+  return std::string(wanted) + ", not SM" + std::to_string(limits.arch);
 }
 
 }  // namespace dsa::cuda

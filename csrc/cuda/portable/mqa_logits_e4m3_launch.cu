@@ -10,8 +10,7 @@ namespace dsa::cuda {
 // SM89 also runs the SASS of SM80, which has no e4m3 products: what counts beside the device is
 // what this build was compiled for.
 Support e4m3_products_run_on(const Device& device) {
-  const int arch = device_limits(device).arch;
-  if (arch < 89) return {"SM89 or newer, not SM" + std::to_string(arch)};
+  if (device_limits(device).arch < 89) return {arch_refusal("SM89 or newer", device)};
   const int code = code_arch(device);
   if (code >= 89) return {};
   if (code == 0) return {"a device whose kernels can be loaded"};
