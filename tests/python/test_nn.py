@@ -115,11 +115,18 @@ def test_indexer_rope_offset(where, start):
 def test_config_errors_name_the_field():
     for field, value in (
         ("index_rope_offset", 33),
+        ("index_rope_offset", "mid"),
         ("index_head_dim", 48),
+        ("index_topk", 0),
+        ("n_heads", -1),
         ("qk_rope_head_dim", 31),
+        ("scale_fmt", "e8m0"),
     ):
-        with pytest.raises(ValueError, match=f"{field}: expected .* got {value}"):
+        with pytest.raises(ValueError, match=f"DSAConfig: {field}: expected .* got {value!r}"):
             dataclasses.replace(SMALL, **{field: value})
+    wide = r"qk_rope_head_dim: expected at most index_head_dim=64, got 66"
+    with pytest.raises(ValueError, match=wide):
+        dataclasses.replace(SMALL, qk_rope_head_dim=66)
 
 
 def test_yarn():
@@ -350,8 +357,19 @@ def test_cache_errors():
     for requests, count in (([1, 1], 1), ([1], 0), ([], 1)):
         with pytest.raises(ValueError, match=r"expected distinct requests and n_tokens >= 1"):
             cache.append(requests, count)
+    cache.allocate("1")
+    for act in (lambda r: cache.append(r, 1), cache.block_table, cache.context_lens):
+        with pytest.raises(ValueError, match=r"requests: expected a list of them, got '11'"):
+            act("11")
+    assert cache.length("1") == 0
     with pytest.raises(ValueError, match=r"layout: expected kv_lora_rank 512 .* got 128 and 64"):
         PagedCache(config, n_layers=1, n_pages=1, layout="v32_fp8")
+    with pytest.raises(ValueError, match=r"layout: expected one of v32_fp8, .* got 'fp8'"):
+        PagedCache(config, n_layers=1, n_pages=1, layout="fp8")
+    sizes = {"n_layers": 1, "n_pages": 1, "page_size": 1}
+    for name in sizes:
+        with pytest.raises(ValueError, match=f"PagedCache: {name}: expected at least 1, got 0"):
+            PagedCache(config, layout="bf16", **sizes | {name: 0})
 
 
 def test_cache_bytes():

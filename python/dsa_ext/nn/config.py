@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 
@@ -46,20 +46,22 @@ class DSAConfig:
     """Scales of the indexer's FP8 q and k: fp32, or rounded up to a power of two."""
 
     def __post_init__(self) -> None:
-        if self.qk_rope_head_dim % 2:
-            raise ValueError(
-                f"DSAConfig: qk_rope_head_dim: expected an even number, got {self.qk_rope_head_dim}"
-            )
-        if self.index_head_dim not in (32, 64, 128):
-            raise ValueError(
-                f"DSAConfig: index_head_dim: expected 32, 64 or 128, got {self.index_head_dim}"
-            )
-        spare = self.index_head_dim - self.qk_rope_head_dim
-        if not 0 <= self.index_rope_start <= spare:
-            raise ValueError(
-                f"DSAConfig: index_rope_offset: expected 'first', 'last' or 0..{spare}, "
-                f"got {self.index_rope_offset!r}"
-            )
+        for field in fields(self):
+            if field.type == "int":
+                self._expect(field.name, "at least 1", getattr(self, field.name) >= 1)
+        rope, width = self.qk_rope_head_dim, self.index_head_dim
+        self._expect("qk_rope_head_dim", "an even number", rope % 2 == 0)
+        self._expect("index_head_dim", "32, 64 or 128", width in (32, 64, 128))
+        self._expect("qk_rope_head_dim", f"at most index_head_dim={width}", rope <= width)
+        starts = ("first", "last", *range(width - rope + 1))
+        wanted = f"'first', 'last' or 0..{width - rope}"
+        self._expect("index_rope_offset", wanted, self.index_rope_offset in starts)
+        self._expect("scale_fmt", "'fp32' or 'ue8m0'", self.scale_fmt in ("fp32", "ue8m0"))
+
+    def _expect(self, field: str, wanted: str, holds: bool) -> None:
+        if not holds:
+            got = getattr(self, field)
+            raise ValueError(f"DSAConfig: {field}: expected {wanted}, got {got!r}")
 
     @property
     def qk_head_dim(self) -> int:

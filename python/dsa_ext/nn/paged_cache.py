@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -71,6 +71,13 @@ class PagedCache:
         layout: Layout = "v32_fp8",
         device: torch.device | str = "cpu",
     ) -> None:
+        if layout not in get_args(Layout):
+            raise ValueError(
+                f"PagedCache: layout: expected one of {', '.join(get_args(Layout))}, got {layout!r}"
+            )
+        for name, count in (("n_layers", n_layers), ("n_pages", n_pages), ("page_size", page_size)):
+            if count < 1:
+                raise ValueError(f"PagedCache: {name}: expected at least 1, got {count}")
         self.layout = layout
         self.page_size = page_size
         self.n_pages = n_pages
@@ -139,10 +146,11 @@ class PagedCache:
 
     def append(self, requests: Sequence[Hashable], n_tokens: int) -> CacheStep:
         """Make room for ``n_tokens`` more tokens in each request and say where they go."""
+        requests = _listed(requests)
         if n_tokens < 1 or not requests or len(set(requests)) != len(requests):
             raise ValueError(
                 f"PagedCache: append: expected distinct requests and n_tokens >= 1, "
-                f"got {list(requests)!r} and {n_tokens}"
+                f"got {requests!r} and {n_tokens}"
             )
         needed = {}
         for request in requests:
@@ -176,17 +184,24 @@ class PagedCache:
 
     def block_table(self, requests: Sequence[Hashable]) -> Tensor:
         """Pages of each request, int32 [B, most pages of a request], padded with -1."""
-        rows = [self._pages_of(request) for request in requests]
+        rows = [self._pages_of(request) for request in _listed(requests)]
         width = max(map(len, rows), default=0)
         padded = [row + [-1] * (width - len(row)) for row in rows]
         return torch.tensor(padded, dtype=torch.int32, device=self.device)
 
     def context_lens(self, requests: Sequence[Hashable]) -> Tensor:
         """Cached tokens of each request, int32 [B]."""
-        lengths = [self.length(request) for request in requests]
+        lengths = [self.length(request) for request in _listed(requests)]
         return torch.tensor(lengths, dtype=torch.int32, device=self.device)
 
     def _pages_of(self, request: Hashable) -> list[int]:
         if request not in self._pages:
             raise ValueError(f"PagedCache: request {request!r} is not allocated (or was freed)")
         return self._pages[request]
+
+
+def _listed(requests: Sequence[Hashable]) -> list[Hashable]:
+    """Refuse one string: its characters are no requests."""
+    if isinstance(requests, (str, bytes)):
+        raise ValueError(f"PagedCache: requests: expected a list of them, got {requests!r}")
+    return list(requests)
