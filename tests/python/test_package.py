@@ -231,8 +231,7 @@ def test_the_reference_has_the_same_signature(name):
     common = [p for p in ours if p not in ("out", "workspace")]
     assert set(common) <= set(theirs)
     for parameter in common:
-        if theirs[parameter].default is not inspect.Parameter.empty:
-            assert ours[parameter].default == theirs[parameter].default
+        assert ours[parameter].default == theirs[parameter].default, parameter
 
 
 @pytest.mark.parametrize("name", SIGNATURES)

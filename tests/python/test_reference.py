@@ -875,6 +875,73 @@ def test_flash_mla_with_kvcache_empty_and_errors():
         ref.flash_mla_with_kvcache(q, cache, table, lens, 8, None, topk_length=lens)
 
 
+@pytest.mark.parametrize("d_v", [0, 13])
+def test_attention_refuses_a_d_v_that_k_does_not_have(d_v):
+    q, kv, slots = torch.randn(2, 3, 12), torch.randn(8, 1, 12), i32([[[0]], [[1]]])
+    with pytest.raises(ValueError, match=f"sparse_fwd: d_v: expected 1 to d_qk=12, got {d_v}"):
+        ref.flash_mla_sparse_fwd(q, kv, slots, 1.0, d_v)
+    with pytest.raises(ValueError, match=f"head_dim_v: expected 1 to d_qk=12, got {d_v}"):
+        ref.flash_mla_with_kvcache(q[:, None], kv[None], None, None, d_v, indices=slots)
+
+
+def test_latents_have_one_head():
+    q, kv, slots = torch.randn(2, 1, 3, 12), torch.randn(4, 2, 2, 12), i32([[[0]], [[1]]])
+    good, table, lens = kv[:, :, :1], i32([[0]]), i32([0, 1])
+    extra = {"extra_k_cache": kv, "extra_indices_in_kvcache": slots}
+    calls = [
+        ("kv", lambda: ref.flash_mla_sparse_fwd(q[:, 0], kv, slots, 1.0, 8)),
+        ("kv", lambda: ref.flash_mla_sparse_fwd(q[:, 0], kv.flatten(0, 1), slots, 1.0, 8)),
+        ("k_cache", lambda: ref.flash_mla_with_kvcache(q, kv, None, None, 8, indices=slots)),
+        (
+            "extra_k_cache",
+            lambda: ref.flash_mla_with_kvcache(q, good, None, None, 8, indices=slots, **extra),
+        ),
+        ("kv_cache", lambda: ref.mla_kv_quant_and_cache(q[:, 0, 0, :8], q[:, 0, 0, 8:], kv, lens)),
+        ("kv_cache", lambda: ref.gather_mla_kv_cache(kv, table, lens, 1)),
+    ]
+    for name, call in calls:
+        with pytest.raises(ValueError, match=rf": {name}: expected \[..., 1, d\], got .*2, 12"):
+            call()
+
+
+def test_indices_lengths_and_tables_are_integers():
+    """Floats are not truncated to some index."""
+    q, kv, scores = torch.randn(2, 1, 3, 12), torch.randn(4, 2, 1, 12), torch.randn(2, 6)
+    keys, cache = (torch.randn(6, 12), torch.rand(6)), indexer_cache(4, 2, 12)
+    slots, table, lens, cu_seqlens = (
+        i32([[[0]], [[1]]]),
+        i32([[0], [1]]),
+        i32([1, 2]),
+        i32([0, 1, 2]),
+    )
+
+    def paged_logits(lens, table):
+        ref.fp8_paged_mqa_logits(q, cache, scores[:, :3], lens, table, None, 2)
+
+    def select(starts, ends, base, table, requests):
+        kwargs = {"index_base": base, "block_table": table, "row_to_request": requests}
+        ref.topk_select(scores, 2, starts, ends, page_size=2, **kwargs)
+
+    for call, *integers in (
+        (lambda i, n: ref.flash_mla_sparse_fwd(q[:, 0], kv, i, 1.0, 8, None, n), slots, lens),
+        (lambda t, n: ref.flash_mla_with_kvcache(q, kv, t, n, 8), table, lens),
+        (lambda i: ref.flash_mla_with_kvcache(q, kv, None, None, 8, indices=i), slots),
+        (lambda i, n: ref.attention_target(q[:, 0], kv[:, 0], 1.0, i, topk_length=n), slots, lens),
+        (lambda a, b: ref.fp8_mqa_logits(q[:, 0], keys, scores[:, :3], a, b), lens, lens),
+        (paged_logits, lens, table),
+        (lambda n: ref.get_paged_mqa_logits_metadata(n, 64, 4), lens),
+        (select, lens, lens + 2, lens, table, lens - 1),
+        (lambda i, t, r: ref.map_to_slots(i, t, 2, r), slots[0].expand(2, 1), table, lens - 1),
+        (lambda i: ref.merge_topk(scores[:, :1], i, 1), slots[:, 0]),
+        (lambda m: ref.indexer_k_quant_and_cache(q[:, 0, 0], cache, m), lens),
+        (lambda t, c: ref.gather_indexer_k_cache(cache, t, c, 2), table, cu_seqlens),
+    ):
+        call(*integers)
+        for i, wrong in enumerate(integers):
+            with pytest.raises(ValueError, match=r": expected integers, got torch.float32"):
+                call(*integers[:i], wrong + 0.5, *integers[i + 1 :])
+
+
 def test_merge_attn_states_of_splits_is_the_whole():
     q, kv = f64(4, 2, 5, grad=False), f64(9, 1, 5, grad=False)
     indices = i32(INDICES).unsqueeze(1)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._arguments import as_int64, expect_d_v, expect_one_head
 from ._chunks import compute_dtype, map_rows
 from .cache import latent_rows
 
@@ -70,13 +71,15 @@ def flash_mla_sparse_fwd(
     valid: out 0, max_logits -inf, lse +inf. Differentiable in q, float kv and attn_sink; max_logits
     is detached.
     """
+    expect_one_head("flash_mla_sparse_fwd: kv", kv)
+    expect_d_v("flash_mla_sparse_fwd: d_v", d_v, q.shape[-1])
     if kv.dim() == 3 and kv.element_size() == 1:
         raise ValueError(
             "flash_mla_sparse_fwd: kv: expected bytes [pages, page_size, 1, 656 | 584], got "
             f"{list(kv.shape)}"
         )
     cache = kv.unsqueeze(0) if kv.dim() == 3 else kv
-    source = (cache, indices.squeeze(1).to(torch.int64), _per_query(topk_length, indices))
+    source = (cache, as_int64("indices", indices.squeeze(1)), _per_query(topk_length, indices))
     return _attend_slots(q.unsqueeze(1), [source], d_v, sm_scale, attn_sink, out_dtype or q.dtype)
 
 
@@ -89,10 +92,10 @@ def _dense_slots(
 ) -> tuple[Tensor, Tensor]:
     """Slots [B,T] of each request's tokens (-1 if none) and how many each query sees, [B,s_q]."""
     batch, width = block_table.shape
-    lens = cache_seqlens.to(torch.int64).clamp(0, width * page_size).unsqueeze(-1)
+    lens = as_int64("cache_seqlens", cache_seqlens).clamp(0, width * page_size).unsqueeze(-1)
     longest = int(lens.max()) if batch else 0
     position = torch.arange(longest, device=block_table.device)
-    entry = block_table.to(torch.int64)[:, position // page_size]
+    entry = as_int64("block_table", block_table)[:, position // page_size]
     slots = torch.where(entry < 0, -1, entry * page_size + position % page_size)
     lane = torch.arange(queries, device=block_table.device)
     seen = lens - queries + 1 + lane if causal else lens.expand(batch, queries)
@@ -103,8 +106,8 @@ def _per_query(length: Tensor | None, indices: Tensor) -> Tensor:
     """A top-k length, int32 [b] or [b,s_q], as int64 rows [b*s_q, 1]; None means all of indices."""
     batch, queries, width = indices.shape
     if length is None:
-        length = torch.full((batch,), width, device=indices.device)
-    length = length.to(torch.int64)
+        length = torch.full((batch,), width, dtype=torch.int64, device=indices.device)
+    length = as_int64("topk_length", length)
     if length.dim() == 1:
         length = length.unsqueeze(-1).expand(batch, queries)
     return length.reshape(batch * queries, 1)
@@ -116,7 +119,7 @@ def flash_mla_with_kvcache(
     block_table: Tensor | None,
     cache_seqlens: Tensor | None,
     head_dim_v: int,
-    tile_scheduler_metadata: object,
+    tile_scheduler_metadata: object = None,
     num_splits: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
@@ -160,6 +163,8 @@ def flash_mla_with_kvcache(
             "flash_mla_with_kvcache: extra_k_cache, extra_indices_in_kvcache: expected both or "
             "neither, got one"
         )
+    expect_one_head("flash_mla_with_kvcache: k_cache", k_cache)
+    expect_d_v("flash_mla_with_kvcache: head_dim_v", head_dim_v, dim)
     sources: list[tuple[Tensor, Tensor, Tensor]] = []
     if indices is None:
         if block_table is None or cache_seqlens is None:
@@ -181,9 +186,10 @@ def flash_mla_with_kvcache(
             )
         pairs = [(k_cache, indices, topk_length)]
         if extra_k_cache is not None and extra_indices_in_kvcache is not None:
+            expect_one_head("flash_mla_with_kvcache: extra_k_cache", extra_k_cache)
             pairs.append((extra_k_cache, extra_indices_in_kvcache, extra_topk_length))
         for cache, index, length in pairs:
-            slots = index.reshape(batch * queries, index.shape[-1]).to(torch.int64)
+            slots = as_int64("indices", index.reshape(batch * queries, index.shape[-1]))
             sources.append((cache, slots, _per_query(length, index)))
     scale = dim**-0.5 if softmax_scale is None else softmax_scale
     out, _, lse = _attend_slots(q, sources, head_dim_v, scale, attn_sink, out_dtype or q.dtype)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._arguments import as_int64, expect_one_head
 from .quant import quantize_last_dim, ue8m0_decode
 
 V32_ROW_BYTES = 656  # 512 e4m3 | 4 fp32 scales | 64 bf16
@@ -111,7 +112,7 @@ def dequantize_indexer_k_cache(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
 def _writes(kv_cache: Tensor, slot_mapping: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(token, page, offset) of the slots to write; of tokens that share a slot only the last."""
     pages, page_size = kv_cache.shape[:2]
-    slot = slot_mapping.reshape(-1).to(torch.int64)
+    slot = as_int64("slot_mapping", slot_mapping.reshape(-1))
     token = torch.nonzero((slot >= 0) & (slot < pages * page_size)).squeeze(-1)
     ordered, order = torch.sort(slot[token], stable=True)
     last = torch.ones_like(ordered, dtype=torch.bool)
@@ -152,6 +153,7 @@ def mla_kv_quant_and_cache(
     uint8 [..., 584]: d_nope 448, d_rope 64, ue8m0 scales, one for 64 values, pad byte 0;
     float [pages, page_size, 1, d_nope + d_rope]: a plain copy.
     """
+    expect_one_head("mla_kv_quant_and_cache: kv_cache", kv_cache)
     token, page, offset = _writes(kv_cache, slot_mapping)
     nope, rope = kv_c.detach()[token], k_pe.detach()[token]
     if not is_fp8_cache(kv_cache):
@@ -182,17 +184,18 @@ def _locate(
     row = torch.arange(num_tokens, device=kv_cache.device)
     if batch == 0 or width == 0 or pages == 0:
         return torch.zeros_like(row, dtype=torch.bool), row, row
-    begin = cu_seqlens[:batch].to(torch.int64)
+    cu_seqlens = as_int64("cu_seqlens", cu_seqlens)
+    begin = cu_seqlens[:batch]
     # The last request with begin <= row: suffix minima are sorted even where cu_seqlens is not.
     sorted_begin = begin.flip(0).cummin(0).values.flip(0)
     request = torch.searchsorted(sorted_begin, row, right=True) - 1
     covered = request >= 0
     request = request.clamp(min=0)
-    covered &= row < cu_seqlens.to(torch.int64)[request + 1]
+    covered &= row < cu_seqlens[request + 1]
     position = row - begin[request]
     table_column = position.div(page_size, rounding_mode="floor")
     covered &= table_column < width
-    page = block_table.to(torch.int64)[request, table_column.clamp(0, width - 1)]
+    page = as_int64("block_table", block_table)[request, table_column.clamp(0, width - 1)]
     covered &= (page >= 0) & (page < pages)
     return covered, page.clamp(0, pages - 1), position.remainder(page_size)
 
@@ -226,6 +229,7 @@ def gather_mla_kv_cache(
     cu_seqlens as in `gather_indexer_k_cache`. Returns bf16 [num_tokens, 576 | 512], dequantised in
     fp32 and rounded once, or the float cache's dtype [num_tokens, d]; uncovered rows are zero.
     """
+    expect_one_head("gather_mla_kv_cache: kv_cache", kv_cache)
     covered, page, offset = _locate(kv_cache, block_table, cu_seqlens, num_tokens)
     found = latent_rows(kv_cache, page[covered], offset[covered])
     dtype = torch.bfloat16 if is_fp8_cache(kv_cache) else kv_cache.dtype

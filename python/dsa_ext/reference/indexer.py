@@ -8,6 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from ._arguments import as_int64
 from ._chunks import compute_dtype, map_rows
 from .cache import indexer_cache_keys
 from .topk import topk_select
@@ -58,8 +59,8 @@ def fp8_mqa_logits(
     dtype = compute_dtype(q, k, k_scale, weights)
     key, scale = k.to(dtype), k_scale.to(dtype)
     (rows, heads, _), length = q.shape, k.shape[0]
-    start = cu_seq_len_k_start.to(torch.int64).clamp(min=0).unsqueeze(-1)
-    end = cu_seq_len_k_end.to(torch.int64).clamp(max=length).unsqueeze(-1)
+    start = as_int64("cu_seq_len_k_start", cu_seq_len_k_start).clamp(min=0).unsqueeze(-1)
+    end = as_int64("cu_seq_len_k_end", cu_seq_len_k_end).clamp(max=length).unsqueeze(-1)
     column = torch.arange(length, device=q.device)
 
     def score(begin: int, stop: int) -> tuple[Tensor]:
@@ -102,7 +103,7 @@ def get_paged_mqa_logits_metadata(
             f"get_paged_mqa_logits_metadata: block_kv, num_sms: expected ints >= 1, "
             f"got {block_kv}, {num_sms}"
         )
-    lens = context_lens.to(torch.int64)
+    lens = as_int64("context_lens", context_lens)
     batch = lens.shape[0]
     if lens.dim() == 2:
         lens = lens.amax(dim=1) if lens.shape[1] else lens.new_zeros(batch)
@@ -122,7 +123,7 @@ def _cache_shape(kv_cache: PagedKeys) -> tuple[int, int]:
 
 def _row_lengths(context_lens: Tensor, next_n: int, limit: int) -> Tensor:
     """Keys visible to each query, int64 [B,next_n], clamped to [0, limit]."""
-    lens = context_lens.to(torch.int64)
+    lens = as_int64("context_lens", context_lens)
     if lens.dim() == 1:
         lens = lens[:, None] - next_n + 1 + torch.arange(next_n, device=lens.device)
     return lens.clamp(0, limit)
@@ -155,7 +156,8 @@ def fp8_paged_mqa_logits(
     dtype = compute_dtype(q, weights, *parts)
     batch, next_n, heads, dim = q.shape
     pages, page_size = _cache_shape(kv_cache)
-    limit = min(max_context_len, block_table.shape[1] * page_size)
+    table = as_int64("block_table", block_table)
+    limit = min(max_context_len, table.shape[1] * page_size)
     lens = _row_lengths(context_lens, next_n, limit)
     length = int(lens.max()) if lens.numel() and pages else 0
     if length == 0:
@@ -167,7 +169,7 @@ def fp8_paged_mqa_logits(
     weights = weights.reshape(batch, next_n, heads)
 
     def score(begin: int, stop: int) -> tuple[Tensor]:
-        page = block_table[begin:stop].to(torch.int64)[:, table_column]
+        page = table[begin:stop, table_column]
         present = (page >= 0) & (page < pages)
         page = page.clamp(0, pages - 1)
         if isinstance(kv_cache, Tensor):

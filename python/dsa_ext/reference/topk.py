@@ -8,6 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from ._arguments import as_int64
 from ._chunks import map_rows
 
 _INT32_MAX = 2**31 - 1
@@ -23,7 +24,7 @@ def _descending_order(values: Tensor) -> Tensor:
 def _rows_to_requests(rows: int, table: Tensor, row_to_request: Tensor | None) -> Tensor:
     """Request of each row, int64 [rows]; the default gives each request the same number of rows."""
     if row_to_request is not None:
-        return row_to_request.reshape(-1).to(torch.int64)
+        return as_int64("row_to_request", row_to_request.reshape(-1))
     batch = table.shape[0]
     if rows == 0:
         return torch.zeros(0, dtype=torch.int64, device=table.device)
@@ -44,7 +45,7 @@ def _slots(token: Tensor, valid: Tensor, table: Tensor, page_size: int, request:
     known = ((request >= 0) & (request < batch)).unsqueeze(-1)
     valid = valid & known & (token >= 0) & (page < width)
     flat = request.clamp(0, batch - 1).unsqueeze(-1) * width + page.clamp(0, width - 1)
-    entry = table.reshape(-1).to(torch.int64)[flat]
+    entry = as_int64("block_table", table.reshape(-1))[flat]
     slot = entry * page_size + token.remainder(page_size)
     return slot.masked_fill(~valid | (entry < 0) | (slot > _INT32_MAX), -1)
 
@@ -109,8 +110,8 @@ def topk_select(
     rows, columns = scores.shape
     device = scores.device
     zeros = torch.zeros(rows, dtype=torch.int64, device=device)
-    starts = zeros if row_starts is None else row_starts.to(torch.int64).clamp(0, columns)
-    ends = zeros + columns if row_ends is None else row_ends.to(torch.int64).clamp(0, columns)
+    starts = zeros if row_starts is None else as_int64("row_starts", row_starts).clamp(0, columns)
+    ends = zeros + columns if row_ends is None else as_int64("row_ends", row_ends).clamp(0, columns)
     lengths = (ends - starts).clamp(min=0)
     width = int(lengths.max()) if rows else 0
     kept = min(k, width)
@@ -137,7 +138,7 @@ def topk_select(
         picked[:, :kept], values[:, :kept] = map_rows(select, rows, width * 28)
     chosen = picked >= 0
     if isinstance(index_base, Tensor):
-        picked = picked + index_base.to(torch.int64).unsqueeze(-1)
+        picked = picked + as_int64("index_base", index_base).unsqueeze(-1)
     elif index_base is not None:
         picked = picked + index_base
     if block_table is None:
@@ -167,7 +168,7 @@ def map_to_slots(
     if page_size < 1:
         raise ValueError(f"map_to_slots: page_size: expected an int >= 1, got {page_size}")
     rows = indices.shape[:-1].numel()
-    token = indices.reshape(rows, indices.shape[-1]).to(torch.int64)
+    token = as_int64("indices", indices.reshape(rows, indices.shape[-1]))
     request = _rows_to_requests(rows, block_table, row_to_request)
     slot = _slots(token, token >= 0, block_table, page_size, request)
     return slot.to(torch.int32).reshape(indices.shape)
@@ -201,7 +202,7 @@ def merge_topk(
     rows, count = scores.shape
     ignored = indices < 0
     # Candidates by (index, position), the ignored ones last; from here on as in topk_select.
-    key = indices.to(torch.int64).masked_fill(ignored, _INT32_MAX + 1)
+    key = as_int64("indices", indices).masked_fill(ignored, _INT32_MAX + 1)
     by_index = torch.sort(key, dim=-1, stable=True)
     ordered = scores.masked_fill(ignored, float("nan")).gather(1, by_index.indices)
     length = (~ignored).sum(dim=-1, keepdim=True)

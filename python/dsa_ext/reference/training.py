@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ._arguments import as_int64
 from ._chunks import compute_dtype, map_rows
 from .attention import flash_mla_sparse_fwd, softmax_terms
 
@@ -62,16 +63,16 @@ def attention_target(
     column = torch.arange(width, device=device)
     if indices is None:
         default_ends = torch.arange(rows, device=device) + (s_kv - rows + 1)
-        ends = default_ends if row_ends is None else row_ends.to(torch.int64)
+        ends = default_ends if row_ends is None else as_int64("row_ends", row_ends)
         valid = column < ends.unsqueeze(-1)
         if row_starts is not None:
-            valid &= column >= row_starts.to(torch.int64).unsqueeze(-1)
+            valid &= column >= as_int64("row_starts", row_starts).unsqueeze(-1)
         picked = None
     else:
-        picked = indices.reshape(rows, width).to(torch.int64)
+        picked = as_int64("indices", indices.reshape(rows, width))
         valid = (picked >= 0) & (picked < s_kv)
         if topk_length is not None:
-            valid &= column < topk_length.to(torch.int64).unsqueeze(-1)
+            valid &= column < as_int64("topk_length", topk_length).unsqueeze(-1)
         picked = picked.masked_fill(~valid, 0)
 
     def target(begin: int, end: int) -> tuple[Tensor]:
