@@ -82,7 +82,7 @@ asan: $(VENV)/.deps gtest
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  $(BIN)/python -m pytest -q tests/python/test_hostile.py
 
-# The core library with the CUDA backend, without Python: what CI compiles where no GPU is.
+# Everything with the CUDA backend, tests and Python modules too: what CI compiles where no GPU is.
 CUDA_BUILD := build/cuda
 CUDA_SITE := $(CURDIR)/$(CUDA_BUILD)/site
 cuda-build: $(VENV)/.deps gtest
