@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""cmake/DsaCuda.cmake: whether a build has CUDA, by DSA_CUDA and the nvcc that is found."""
+"""Whether a build has CUDA (cmake/DsaCuda.cmake), and what a source archive holds."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
-DSA_CUDA = Path(__file__).parents[2] / "cmake" / "DsaCuda.cmake"
+ROOT = Path(__file__).parents[2]
+DSA_CUDA = ROOT / "cmake" / "DsaCuda.cmake"
 CMAKE = shutil.which("cmake")
 
 # Stands in for CMake's look at a compiler, so that no nvcc is needed.
@@ -54,3 +58,18 @@ def test_no_nvcc_or_an_old_one(tmp_path, nvcc, got):
     assert f"DSA_CUDA=AUTO: {wanted}; this build runs" in " ".join(found.stderr.split())
     silent = configure(tmp_path, "OFF", nvcc)
     assert (silent.returncode, silent.stderr) == (0, "") and "with=OFF" in silent.stdout
+
+
+def test_source_archive(tmp_path):
+    """What CONTRIBUTING.md names; and the licences of third_party/README.md, for the wheel too."""
+    pytest.importorskip("scikit_build_core")
+    script = f"from scikit_build_core.build import build_sdist; build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        files = {name.split("/", 1)[1] for name in archive.getnames()}
+        info = archive.extractfile(next(n for n in archive.getnames() if n.endswith("/PKG-INFO")))
+        shipped = set(re.findall(r"^License-File: (.+)$", info.read().decode(), re.MULTILINE))
+    assert {".ci/run", "Makefile", "tests/python/conftest.py"} <= files
+    table = (ROOT / "third_party" / "README.md").read_text(encoding="utf-8")
+    texts = {f"third_party/licenses/{name}" for name in re.findall(r"`(\w+\.txt)`", table)}
+    assert texts and shipped == texts | {"LICENSE"} <= files
