@@ -18,8 +18,9 @@
 
 namespace dsa::cuda::sm90a {
 
-// What is copied where there is no row: a row of zeros.
-__device__ const uint4 kAbsentRow[MlaV32Layout::kTokenBytes / 16] = {};
+// What is copied where there is no row, zeros: a row for each lane, since what all SMs read at once
+// must not be in one place of L2.
+__device__ const uint4 kAbsentRows[32][MlaV32Layout::kTokenBytes / 16] = {};
 
 template <typename Config>
 class KvCacheFwdProducer {
@@ -54,8 +55,9 @@ class KvCacheFwdProducer {
     for (int tile = begin; tile < end; ++tile, stage.advance()) {
       const KeyRow row = shared_.keys.row(args_, key(tile), slot);
       const std::uint32_t valid = __ballot_sync(~0u, row.values != nullptr);
-      shared_.rows[half_][lane_] =
-          row.values != nullptr ? row.values : reinterpret_cast<const std::uint8_t*>(kAbsentRow);
+      shared_.rows[half_][lane_] = row.values != nullptr
+                                       ? row.values
+                                       : reinterpret_cast<const std::uint8_t*>(kAbsentRows[lane_]);
       slot = fetch(tile + 1);
       if (tile == begin + 1) ptx::mbarrier_wait(shared_.full_q, 0);  // without it nothing begins
       ptx::mbarrier_wait(shared_.empty_raw[stage.index], stage.phase);

@@ -18,9 +18,6 @@
 
 namespace dsa::cuda::sm90a {
 
-// What is copied for a token that is not there.
-static __device__ const uint4 zero_latent[576 * 2 / 16] = {};
-
 // A dense cache whose pages are whole blocks, which the copy engine loads.
 struct LatentFwdPages {
   CUtensorMap map;
@@ -110,7 +107,7 @@ class LatentFwdProducer {
     const auto* q = reinterpret_cast<const std::uint8_t*>(
         args_.q + at.b * args_.q_stride_b + at.j * args_.q_stride_j +
         (at.first_head + row()) * args_.q_stride_h);
-    const std::uint64_t own = address_of(row() < at.heads ? q : nullptr);
+    const std::uint8_t* own = row() < at.heads ? q : nullptr;
     ptx::mbarrier_wait(shared_.empty_q[kWorker], n % 2 ^ 1);
     const Rows rows(own, lane_);
 #pragma unroll
@@ -137,12 +134,6 @@ class LatentFwdProducer {
     return task.keys.fetch(args_, key(task, block));
   }
 
-  // Of a row, or of zeros.
-  __device__ static std::uint64_t address_of(const std::uint8_t* row) {
-    return reinterpret_cast<std::uint64_t>(
-        row != nullptr ? row : reinterpret_cast<const std::uint8_t*>(zero_latent));
-  }
-
   // Where in 64 dims of a block, [tokens, 128 bytes] swizzled, this lane's first row has its chunk.
   __device__ std::uint32_t to(const std::uint8_t* dims) const {
     return ptx::shared_address(dims) + first_row() * 128 + (lane_ % 8 ^ first_row() % 8) * 16;
@@ -152,13 +143,14 @@ class LatentFwdProducer {
   // The rows that a lane copies chunks of.
   class Rows {
    public:
-    // own: the address that this lane has looked up.
-    __device__ Rows(std::uint64_t own, int lane) {
+    // own: what this lane has looked up; nullptr: zeros.
+    __device__ Rows(const std::uint8_t* own, int lane) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        from_[i] =
-            reinterpret_cast<const std::uint8_t*>(__shfl_sync(~0u, own, lane / 8 + i * kRows)) +
-            lane % 8 * 16;
+        const std::uint64_t row =
+            __shfl_sync(~0u, reinterpret_cast<std::uint64_t>(own), lane / 8 + i * kRows);
+        is_there_[i] = row != 0;
+        from_[i] = reinterpret_cast<const std::uint8_t*>(row) + lane % 8 * 16;
       }
     }
     // Those of the first kEnd.
@@ -167,12 +159,13 @@ class LatentFwdProducer {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         if (kEnd < (i + 1) * kRowsApart && first_row + i * kRowsApart >= kEnd) continue;
-        ptx::cp_async<16>(to + i * kRowsApart * 128, from_[i] + dims * 128);
+        ptx::cp_async_or_zeros<16>(to + i * kRowsApart * 128, from_[i] + dims * 128, is_there_[i]);
       }
     }
 
    private:
     const std::uint8_t* from_[kRows];
+    bool is_there_[kRows];
   };
 
   // Whether a block is all of tokens of one page, which is there.
@@ -215,7 +208,7 @@ class LatentFwdProducer {
   __device__ void copy(const LatentFwdTask& task, int block, std::int32_t slot) const {
     const std::uint8_t* own =
         block < task.blocks ? task.keys.row(args_, key(task, block), slot).values : nullptr;
-    const Rows rows(address_of(own), lane_);
+    const Rows rows(own, lane_);
     const bool is_valid = own != nullptr;
 #pragma unroll
     for (int i = 0; i < Config::kParts; ++i) {
