@@ -54,7 +54,7 @@ def prefill(n: int) -> Case:
             "indexer": lambda: dsa_ext.fp8_mqa_logits(*index.args, False, out=logits),
             "topk": lambda: dsa_ext.topk_select(logits, K, None, index.ends, out=indices),
             "attention": lambda: dsa_ext.flash_mla_sparse_fwd(
-                q, kv, indices.unsqueeze(1), _SCALE, out=out
+                q, kv, indices.unsqueeze(1), _SCALE, topk_length=index.ends, out=out
             ),
         }
 
@@ -130,6 +130,7 @@ def decode(batch: int, n: int) -> Case:
                 D_V,
                 is_fp8_kvcache=True,
                 indices=slots.unsqueeze(1),
+                topk_length=index.lens,
                 out=(out, lse),
             ),
         }

@@ -90,7 +90,8 @@ def flash_mla_sparse_fwd(
             is 0, 32 or 64.
         attn_sink: float32 [h_q]: out is scaled by e^lse / (e^lse + e^sink); lse and max_logits are
             not.
-        topk_length: int32 [s_q]: slots from there on are ignored, unread.
+        topk_length: int32 [s_q]: slots from there on are ignored, unread. What a query sees, of a
+            row from :func:`dsa_ext.topk_select`, spares the time that its padding would take.
         out: the triple to write into, or its first tensor alone.
 
     Returns:

@@ -1205,7 +1205,8 @@ WRONG = [
     (
         indexer_write,
         {"kv_cache": t(1, 8, 1, 36, dtype=UINT8).expand(5, 8, 1, 36)},
-        "kv_cache: expected elements that do not overlap, to be written, got strides [0, 36, 36, 1]",
+        "kv_cache: expected elements that do not overlap, to be written, "
+        "got strides [0, 36, 36, 1]",
     ),
     (
         indexer_write,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import os
 import re
 import subprocess
@@ -434,13 +435,12 @@ def test_registry():
 
 
 def test_kernel_refusal():
-    """On the GPU that is there, if any, and on one that is not."""
-    absent = 63
-    for kernel in _C.kernels():
+    """On the GPU that is there, if any, and on those that are not."""
+    for kernel, absent in itertools.product(_C.kernels(), (63, 64, 1000, -1)):
         reason = _C.kernel_refusal(kernel["id"], absent)
         if kernel["device"] == "cpu":
             without = "" if _C.build_info()["cuda"] else " (built without CUDA)"
-            assert reason == f"takes cpu tensors, not cuda:63{without}"
+            assert reason == f"takes cpu tensors, not cuda:{absent}{without}"
         else:  # what the runtime says of a device that is not there
             assert re.fullmatch(r"cudaDeviceGetAttribute: .+", reason)
     for device, properties in enumerate(_C.cuda_devices()):

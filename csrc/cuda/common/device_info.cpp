@@ -51,9 +51,14 @@ DeviceLimits ask(int device) {
 const DeviceLimits& device_limits(Device device) {
   static std::once_flag asked[kMaxDevices];
   static DeviceLimits limits[kMaxDevices];
-  const int slot = device.index % kMaxDevices;
-  std::call_once(asked[slot], [&] { limits[slot] = ask(device.index); });
-  return limits[slot];
+  static const DeviceLimits none = [] {
+    DeviceLimits unknown;
+    unknown.error = cudaGetErrorString(cudaErrorInvalidDevice);
+    return unknown;
+  }();
+  if (device.index < 0 || device.index >= kMaxDevices) return none;
+  std::call_once(asked[device.index], [&] { limits[device.index] = ask(device.index); });
+  return limits[device.index];
 }
 
 std::string arch_refusal(const char* wanted, Device device) {

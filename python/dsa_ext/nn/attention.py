@@ -150,6 +150,7 @@ class DSAttention(nn.Module):
             causal=not sparse,
             is_fp8_kvcache=pages.is_fp8,
             indices=slots,
+            topk_length=step.visible_lens if sparse else None,  # the rest of a row is padding
         )
         # The V4 layout's values are the whole row; the latent is its head.
         heads = torch.einsum("bshc,hvc->bshv", out[..., : cfg.kv_lora_rank].to(x.dtype), w_uv)
