@@ -21,6 +21,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 
 #include "machine.h"
 
@@ -74,10 +75,34 @@ inline unsigned __ballot_sync(unsigned mask, int flag) {
 }
 inline int __any_sync(unsigned mask, int flag) { return __ballot_sync(mask, flag) != 0; }
 inline int __all_sync(unsigned mask, int flag) { return __ballot_sync(mask, flag) == ~0u; }
-inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+template <typename Reduce>
+unsigned dsa_of_all(unsigned mask, unsigned value, Reduce&& reduce) {
   dsa_all_lanes(mask);
   const auto& values = dsa::emulator::exchange(value);
-  return static_cast<unsigned>(*std::max_element(values.begin(), values.end()));
+  return static_cast<unsigned>(reduce(values.begin(), values.end()));
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  return dsa_of_all(mask, value, [](auto i, auto end) { return *std::max_element(i, end); });
+}
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
+  return dsa_of_all(mask, value, [](auto i, auto end) { return *std::min_element(i, end); });
+}
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
+  return dsa_of_all(mask, value, [](auto i, auto end) { return std::reduce(i, end); });
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, int lanes) {
+  const int lane = dsa::emulator::thread_index() % 32;
+  return dsa_of_lane(mask, value, lane >= lanes ? lane - lanes : lane);
+}
+
+inline int __ffs(unsigned x) { return x == 0 ? 0 : std::countr_zero(x) + 1; }
+inline int __popc(unsigned x) { return std::popcount(x); }
+// CTAs, and threads but where they wait, come one after another.
+inline unsigned atomicInc(unsigned* at, unsigned most) {
+  const unsigned before = *at;
+  *at = before >= most ? 0 : before + 1;
+  return before;
 }
 
 // Byte i of the result is byte (selector >> 4 i) % 8 of y:x.

@@ -40,6 +40,7 @@ struct CopyStep {  // of cp.async
   const void* from = nullptr;  // nullptr: zeros
   int bytes = 0;
   std::uint64_t* barrier = nullptr;  // arrives instead
+  bool ends_group = false;           // does nothing else
 };
 
 struct Thread {
@@ -49,6 +50,7 @@ struct Thread {
   const void* waits_for = nullptr;  // nullptr: it can go on
   std::string waits_at;
   std::deque<CopyStep> copies;
+  int copy_groups = 0;                        // on their way
   std::uint64_t products = 0;                 // issued
   std::vector<std::uint64_t> product_groups;  // products at each commit
 };
@@ -218,6 +220,14 @@ class Cta {
     if (step.to != nullptr) poison(step.to, static_cast<std::size_t>(step.bytes));
     own().copies.push_back(step);
   }
+  void commit_copies() {
+    ++own().copy_groups;
+    queue_copy({.ends_group = true});
+  }
+  void wait_copies(int pending) {
+    const Thread& thread = own();
+    wait(&thread.copies, [&] { return thread.copy_groups <= pending; }, "cp.async");
+  }
   void queue_bulk(BulkCopy copy) { bulk_copies_.push_back(std::move(copy)); }
 
   // ---- products
@@ -311,7 +321,10 @@ class Cta {
       const CopyStep step = steps.front();
       steps.pop_front();
       const auto bytes = static_cast<std::size_t>(step.bytes);
-      if (step.barrier != nullptr) {
+      if (step.ends_group) {
+        --threads_[ready[choice]].copy_groups;
+        wake(&steps);
+      } else if (step.barrier != nullptr) {
         mbarrier_add(*step.barrier, 1, 0);
       } else if (step.from != nullptr) {
         std::memcpy(step.to, step.from, bytes);
@@ -422,12 +435,12 @@ void mbarrier_wait(std::uint64_t& barrier, std::uint32_t parity) {
 }
 
 void copy_async(void* to, const void* from, int bytes) {
-  cta().queue_copy({to, from, bytes, nullptr});
+  cta().queue_copy({.to = to, .from = from, .bytes = bytes});
 }
-void zero_async(void* to, int bytes) { cta().queue_copy({to, nullptr, bytes, nullptr}); }
-void arrive_after_copies(std::uint64_t& barrier) {
-  cta().queue_copy({nullptr, nullptr, 0, &barrier});
-}
+void zero_async(void* to, int bytes) { cta().queue_copy({.to = to, .bytes = bytes}); }
+void arrive_after_copies(std::uint64_t& barrier) { cta().queue_copy({.barrier = &barrier}); }
+void commit_copies() { cta().commit_copies(); }
+void wait_copies(int pending) { cta().wait_copies(pending); }
 void bulk_copy(std::uint64_t& barrier, std::uint32_t bytes, std::function<void()> copy) {
   cta().queue_bulk({&barrier, bytes, std::move(copy)});
 }

@@ -66,6 +66,8 @@ void mbarrier_wait(std::uint64_t& barrier, std::uint32_t parity);
 void copy_async(void* to, const void* from, int bytes);
 void zero_async(void* to, int bytes);
 void arrive_after_copies(std::uint64_t& barrier);
+void commit_copies();
+void wait_copies(int pending);  // groups
 // Of the copy engine, in any order: `copy` writes `bytes` bytes, of which `barrier` is told. Until
 // then `poison` holds there.
 void bulk_copy(std::uint64_t& barrier, std::uint32_t bytes, std::function<void()> copy);

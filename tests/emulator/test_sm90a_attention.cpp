@@ -8,10 +8,9 @@
 #include <string>
 
 #include "arena.h"
-#include "compare.h"
 #include "cuda/cuda_kernels.h"
 #include "dsa/api.h"
-#include "machine.h"
+#include "emulated.h"
 
 namespace dsa::test {
 namespace {
@@ -29,13 +28,6 @@ struct Format {
 const Format kV32{"v32", DType::kUInt8, 656, 576, kBF16}, kV4{"v4", DType::kUInt8, 584, 512, kBF16};
 const Format kBf16{"bf16", kBF16, 576, 576, kBF16},
     kF16{"f16, no RoPE", DType::kFloat16, 512, 512, DType::kFloat16};
-
-void expect_ok(const Status& status) { EXPECT_TRUE(status.ok()) << status.message(); }
-
-void expect_same(const TensorView& got, const TensorView& expected, Rule rule,
-                 const std::string& what) {
-  expect_close(got, got.ptr<const std::uint8_t>(), expected.ptr<const std::uint8_t>(), rule, what);
-}
 
 // ---- decode -------------------------------------------------------------------------------------
 

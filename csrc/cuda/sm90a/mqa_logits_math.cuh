@@ -167,7 +167,7 @@ class MqaLogitsMath {
       float scale = 0.0f;
       if constexpr (Keys::kMayMiss) {
         scale = shared_.scales[stage][row_of_tile() + product * kKeys];
-      } else if (is_full || key < task_.keys.num_keys) {
+      } else if (is_full || key < static_cast<std::uint32_t>(task_.keys.num_keys)) {
         scale =
             *reinterpret_cast<const float*>(at.scale + product * kKeys * task_.keys.scale_stride);
       }

@@ -16,4 +16,10 @@ void cp_async_or_zeros(std::uint32_t shared, const void* global, bool valid) {
   emulator::zero_async(shared_pointer(shared, kBytes), kBytes);
 }
 
+inline void cp_async_commit() { emulator::commit_copies(); }
+template <int kPending>
+void cp_async_wait() {
+  emulator::wait_copies(kPending);
+}
+
 }  // namespace dsa::cuda::ptx

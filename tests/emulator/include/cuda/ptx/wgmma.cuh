@@ -4,8 +4,11 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <type_traits>
+#include <array>
+#include <numeric>
+#include <vector>
 
+#include "core/fp8.h"
 #include "cuda/ptx/ldst.cuh"
 
 namespace dsa::cuda::ptx {
@@ -24,20 +27,20 @@ void wgmma_wait() {
 template <int kRegisters>
 void wgmma_result(float (&)[kRegisters]) {}
 
-// Of 16-bit elements in shared memory.
+// In shared memory: rows of the operand, or, with block_bytes, rows of k, of 64 elements, and as
+// far from 64 rows of the operand to the next.
 struct SharedOperand {
   std::uint32_t address;
   std::uint32_t row_bytes;  // and the swizzle as wide
-  std::uint32_t
-      block_bytes;  // 0: rows are rows of the operand; else of k, and from 64 to the next 64
+  std::uint32_t block_bytes = 0;
 
-  const std::uint8_t* at(int row, int k) const {
+  const std::uint8_t* at(int row, int k, std::uint32_t element_bytes) const {
     const auto r = static_cast<std::uint32_t>(row), c = static_cast<std::uint32_t>(k);
-    std::uint32_t byte = block_bytes == 0
-                             ? address + r * row_bytes + 2 * c
-                             : address + r / 64 * block_bytes + c * row_bytes + r % 64 * 2;
+    std::uint32_t byte =
+        block_bytes == 0 ? address + r * row_bytes + c * element_bytes
+                         : address + r / 64 * block_bytes + c * row_bytes + r % 64 * element_bytes;
     byte ^= byte / 128 % (row_bytes / 16) * 16;
-    return shared_pointer(byte, 2);
+    return shared_pointer(byte, element_bytes);
   }
 };
 
@@ -52,7 +55,7 @@ class WgmmaDescriptor {
     moved.address_ += bytes;
     return moved;
   }
-  SharedOperand operand() const { return {address_, kRowBytes, 0}; }
+  SharedOperand operand() const { return {address_, kRowBytes}; }
 
  private:
   std::uint32_t address_;
@@ -75,6 +78,11 @@ class WgmmaRowsDescriptor {
   std::uint32_t address_, block_bytes_;
 };
 
+struct E4m3 {
+  std::uint8_t code;
+  explicit operator float() const { return e4m3_decode(code); }
+};
+
 template <typename Element>
 float to_float(const void* from) {
   Element x;
@@ -82,41 +90,36 @@ float to_float(const void* from) {
   return static_cast<float>(x);
 }
 
-// D [64, columns] (+)= A [64, 16] B [16, columns]; A from shared memory, or from registers.
+// D [64, columns] (+)= A [64, k] B [k, columns], k of 32 bytes; A from shared memory, or 16-bit
+// from registers.
 template <typename Element>
 void multiply(const emulator::Product& product, const SharedOperand* shared_a,
               const SharedOperand& shared_b, int columns, bool accumulate) {
-  constexpr int kRows = 64, kDepth = 16;
-  std::vector<float> a(kRows * kDepth), b(static_cast<std::size_t>(columns) * kDepth);
-  for (int column = 0; column < columns; ++column) {
-    for (int k = 0; k < kDepth; ++k) {
-      b[static_cast<std::size_t>(column * kDepth + k)] = to_float<Element>(shared_b.at(column, k));
+  constexpr int kRows = 64, kDepth = 32 / sizeof(Element);
+  const auto registers_a = [&](int row, int k) {
+    const auto thread = static_cast<std::size_t>(row / 16 * 32 + row % 8 * 4 + k % 8 / 2);
+    const auto word = static_cast<std::size_t>(row / 8 % 2 + k / 8 * 2);
+    return reinterpret_cast<const std::uint16_t*>(&product.threads[thread].a[word]) + k % 2;
+  };
+  std::vector<std::array<float, kDepth>> a(kRows), b(static_cast<std::size_t>(columns));
+  for (int k = 0; k < kDepth; ++k) {
+    for (int row = 0; row < kRows; ++row) {
+      const void* from = registers_a(row, k);
+      if (shared_a != nullptr) from = shared_a->at(row, k, sizeof(Element));
+      a[static_cast<std::size_t>(row)][static_cast<std::size_t>(k)] = to_float<Element>(from);
     }
-  }
-  for (int row = 0; row < kRows; ++row) {
-    for (int k = 0; k < kDepth; ++k) {
-      const void* from;
-      if (shared_a != nullptr) {
-        from = shared_a->at(row, k);
-      } else {
-        const auto thread = static_cast<std::size_t>(row / 16 * 32 + row % 8 * 4 + k % 8 / 2);
-        const std::uint32_t& word =
-            product.threads[thread].a[static_cast<std::size_t>(row / 8 % 2 + k / 8 * 2)];
-        from = reinterpret_cast<const std::uint16_t*>(&word) + k % 2;
-      }
-      a[static_cast<std::size_t>(row * kDepth + k)] = to_float<Element>(from);
+    for (int column = 0; column < columns; ++column) {
+      b[static_cast<std::size_t>(column)][static_cast<std::size_t>(k)] =
+          to_float<Element>(shared_b.at(column, k, sizeof(Element)));
     }
   }
   for (int row = 0; row < kRows; ++row) {
     for (int column = 0; column < columns; ++column) {
       const auto thread = static_cast<std::size_t>(row / 16 * 32 + row % 8 * 4 + column % 8 / 2);
       float& d = product.threads[thread].d[column / 8 * 4 + row / 8 % 2 * 2 + column % 2];
-      float sum = accumulate ? d : 0.0f;
-      for (int k = 0; k < kDepth; ++k) {
-        sum += a[static_cast<std::size_t>(row * kDepth + k)] *
-               b[static_cast<std::size_t>(column * kDepth + k)];
-      }
-      d = sum;
+      d = std::inner_product(a[static_cast<std::size_t>(row)].begin(),
+                             a[static_cast<std::size_t>(row)].end(),
+                             b[static_cast<std::size_t>(column)].begin(), accumulate ? d : 0.0f);
     }
   }
 }
@@ -134,6 +137,11 @@ void issue(float (&d)[kRegisters], SharedOperand a, SharedOperand b, bool accumu
   });
 }
 
+template <int kRowBytes, int kRegisters>
+void wgmma_e4m3(float (&d)[kRegisters], WgmmaDescriptor<kRowBytes> a, WgmmaDescriptor<kRowBytes> b,
+                bool accumulate) {
+  issue<E4m3>(d, a.operand(), b.operand(), accumulate);
+}
 template <typename Element, int kRowBytes, int kRegisters>
 void wgmma_16_bit(float (&d)[kRegisters], const std::uint32_t (&a)[4], WgmmaDescriptor<kRowBytes> b,
                   bool accumulate) {
