@@ -125,12 +125,13 @@ class Cta {
     for (Warp& warp : warps_) warp = {};
     for (Warpgroup& warpgroup : warpgroups_) warpgroup = {};
     barriers_ = {};
-    while (!error_) {
+    alive_ = num_threads();
+    while (!error_ && alive_ > 0) {
       if (random() % kTurnsPerChange == 0) change_priority(random() % priorities_.size());
       if (!advance()) break;
     }
     if (error_) return *error_;
-    return left() == 0 ? "" : "hangs: " + who_waits();
+    return alive_ == 0 ? left_over() : "hangs: " + who_waits();
   }
 
   // ---- threads
@@ -259,6 +260,7 @@ class Cta {
     Cta& cta = *current();
     cta.kernel_();
     cta.own().is_done = true;
+    --cta.alive_;
   }
 
   static std::uint64_t random() { return random_engine()(); }
@@ -351,9 +353,20 @@ class Cta {
     return true;
   }
 
-  std::size_t left() const {
-    return static_cast<std::size_t>(std::count_if(threads_.begin(), threads_.end(),
-                                                  [](const Thread& t) { return !t.is_done; }));
+  // What nobody has waited for: it would be done to another CTA's shared memory.
+  std::string left_over() const {
+    const auto copies = [](const Thread& t) { return !t.copies.empty(); };
+    if (!bulk_copies_.empty() || std::any_of(threads_.begin(), threads_.end(), copies)) {
+      return "ends before its copies";
+    }
+    const auto products = [](const Warpgroup& w) { return !w.queue.empty(); };
+    if (std::any_of(warpgroups_.begin(), warpgroups_.end(), products)) {
+      return "ends before its products";
+    }
+    for (std::size_t i = 0; i < barriers_.size(); ++i) {
+      if (barriers_[i].arrived != 0) return "ends with arrivals at barrier " + std::to_string(i);
+    }
+    return "";
   }
 
   std::string who_waits() const {
@@ -380,6 +393,7 @@ class Cta {
   std::vector<std::uint64_t> priorities_;
   std::vector<std::size_t> order_;  // by priority
   int running_ = -1;
+  int alive_ = 0;  // threads
   std::optional<std::string> error_;
 };
 
