@@ -4,6 +4,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <bitset>
 #include <cstring>
 #include <deque>
 #include <memory>
@@ -50,7 +51,8 @@ struct Thread {
   const void* waits_for = nullptr;  // nullptr: it can go on
   std::string waits_at;
   std::deque<CopyStep> copies;
-  int copy_groups = 0;                        // on their way
+  int copy_groups = 0;  // on their way
+  std::uint64_t products_waited = 0;
   std::uint64_t products = 0;                 // issued
   std::vector<std::uint64_t> product_groups;  // products at each commit
 };
@@ -62,7 +64,8 @@ struct Warp {
 };
 
 struct Barrier {
-  int arrived = 0;
+  int arrived = 0, threads = 0;
+  std::bitset<1024> has_arrived;  // in this phase
   bool any = false, last_any = false;
   std::uint64_t phases = 0;
 };
@@ -89,6 +92,8 @@ std::mt19937_64& random_engine() {
   return engine;
 }
 
+struct Failure {};  // error_ says what
+
 class Cta {
  public:
   static Cta*& current() {
@@ -102,7 +107,8 @@ class Cta {
         threads_(static_cast<std::size_t>(threads)),
         warps_(threads_.size() / kWarp),
         warpgroups_((threads_.size() + kWarpgroup - 1) / kWarpgroup) {
-    for (Thread& t : threads_) t.stack = std::make_unique<std::uint8_t[]>(kStackBytes);
+    for (Thread& t : threads_)
+      t.stack = std::make_unique_for_overwrite<std::uint8_t[]>(kStackBytes);
     priorities_.resize(warps_.size() + 1 + warpgroups_.size());
     order_.resize(priorities_.size());
     std::iota(order_.begin(), order_.end(), std::size_t{0});
@@ -125,25 +131,32 @@ class Cta {
     for (Warp& warp : warps_) warp = {};
     for (Warpgroup& warpgroup : warpgroups_) warpgroup = {};
     barriers_ = {};
+    mbarriers_.clear();
     alive_ = num_threads();
     while (!error_ && alive_ > 0) {
       if (random() % kTurnsPerChange == 0) change_priority(random() % priorities_.size());
-      if (!advance()) break;
+      try {
+        if (!advance()) break;
+      } catch (const Failure&) {
+      }
     }
     if (error_) return *error_;
     return alive_ == 0 ? left_over() : "hangs: " + who_waits();
   }
 
-  // ---- threads
-  // ------------------------------------------------------------------------------------
+  // ---- threads ----
   int thread() const { return running_; }
   int num_threads() const { return static_cast<int>(threads_.size()); }
   Index3 index() const { return index_; }
   Index3 grid() const { return grid_; }
 
+  // Of a thread, that never goes on; or of the copy engine or a tensor core.
   void fail(const std::string& why) {
-    if (!error_) error_ = "thread " + std::to_string(running_) + ": " + why;
-    if (running_ >= 0) swap_out();
+    const std::string who =
+        running_ >= 0 ? "thread " + std::to_string(running_) : "a copy or a product";
+    if (!error_) error_ = who + ": " + why;
+    if (running_ < 0) throw Failure{};
+    swap_out();
   }
 
   template <typename IsThere>
@@ -174,9 +187,17 @@ class Cta {
   std::uint64_t arrive(int id, int threads, bool flag) {
     Barrier& barrier = barriers_[static_cast<std::size_t>(id)];
     const std::uint64_t phase = barrier.phases + 1;
+    const auto self = static_cast<std::size_t>(running_);
+    if (barrier.has_arrived[self]) fail("arrives twice at barrier " + std::to_string(id));
+    if (barrier.arrived > 0 && barrier.threads != threads) {
+      fail("another number of threads at barrier " + std::to_string(id));
+    }
+    barrier.has_arrived.set(self);
+    barrier.threads = threads;
     barrier.any |= flag;
     if (++barrier.arrived == threads) {
       barrier.arrived = 0;
+      barrier.has_arrived.reset();
       barrier.last_any = barrier.any;
       barrier.any = false;
       barrier.phases = phase;
@@ -194,8 +215,14 @@ class Cta {
     return barrier.last_any;
   }
 
-  // ---- mbarriers
-  // ----------------------------------------------------------------------------------
+  // ---- mbarriers ----
+  void mbarrier_init(std::uint64_t& barrier, int arrivals) {
+    const auto count = static_cast<std::uint16_t>(arrivals);
+    const MbarrierState state{count, count, 0, 0};
+    std::memcpy(&barrier, &state, sizeof(state));
+    mbarriers_.push_back(&barrier);
+  }
+
   void mbarrier_add(std::uint64_t& barrier, int arrivals, std::int64_t bytes) {
     MbarrierState state = load(barrier);
     if (state.pending_arrivals < arrivals) fail("more arrivals at an mbarrier than it waits for");
@@ -212,11 +239,10 @@ class Cta {
   void mbarrier_wait(std::uint64_t& barrier, std::uint32_t parity) {
     wait(
         &barrier, [&] { return load(barrier).parity != parity; }, "mbarrier, byte",
-        static_cast<std::uint64_t>(reinterpret_cast<std::uint8_t*>(&barrier) - shared_memory()));
+        byte_of(barrier));
   }
 
-  // ---- copies
-  // -------------------------------------------------------------------------------------
+  // ---- copies ----
   void queue_copy(const CopyStep& step) {
     if (step.to != nullptr) poison(step.to, static_cast<std::size_t>(step.bytes));
     own().copies.push_back(step);
@@ -231,8 +257,7 @@ class Cta {
   }
   void queue_bulk(BulkCopy copy) { bulk_copies_.push_back(std::move(copy)); }
 
-  // ---- products
-  // -----------------------------------------------------------------------------------
+  // ---- products ----
   void issue(const Product::Operands& operands, std::function<void(const Product&)> multiply) {
     Warpgroup& warpgroup = own_warpgroup();
     const std::uint64_t place = own().products++ - warpgroup.done;
@@ -251,6 +276,7 @@ class Cta {
     const std::uint64_t until = groups[groups.size() - 1 - static_cast<std::size_t>(pending)];
     Warpgroup& warpgroup = own_warpgroup();
     wait(&warpgroup, [&] { return warpgroup.done >= until; }, "product", until);
+    own().products_waited = until;
   }
 
  private:
@@ -261,6 +287,11 @@ class Cta {
     cta.kernel_();
     cta.own().is_done = true;
     --cta.alive_;
+  }
+
+  static std::uint64_t byte_of(const std::uint64_t& barrier) {
+    return static_cast<std::uint64_t>(reinterpret_cast<const std::uint8_t*>(&barrier) -
+                                      shared_memory());
   }
 
   static std::uint64_t random() { return random_engine()(); }
@@ -359,9 +390,13 @@ class Cta {
     if (!bulk_copies_.empty() || std::any_of(threads_.begin(), threads_.end(), copies)) {
       return "ends before its copies";
     }
-    const auto products = [](const Warpgroup& w) { return !w.queue.empty(); };
-    if (std::any_of(warpgroups_.begin(), warpgroups_.end(), products)) {
-      return "ends before its products";
+    const auto products = [](const Thread& t) { return t.products_waited != t.products; };
+    if (std::any_of(threads_.begin(), threads_.end(), products)) return "ends before its products";
+    for (const std::uint64_t* barrier : mbarriers_) {
+      const MbarrierState state = load(*barrier);
+      if (state.pending_arrivals != state.arrivals || state.pending_bytes != 0) {
+        return "ends with arrivals at the mbarrier of byte " + std::to_string(byte_of(*barrier));
+      }
     }
     for (std::size_t i = 0; i < barriers_.size(); ++i) {
       if (barriers_[i].arrived != 0) return "ends with arrivals at barrier " + std::to_string(i);
@@ -388,6 +423,7 @@ class Cta {
   std::vector<Warp> warps_;
   std::vector<Warpgroup> warpgroups_;
   std::array<Barrier, kBarriers> barriers_;
+  std::vector<const std::uint64_t*> mbarriers_;
   std::vector<BulkCopy> bulk_copies_;
   // Actors: the warps, the copy engine, the tensor cores.
   std::vector<std::uint64_t> priorities_;
@@ -407,6 +443,7 @@ Status run_grid(Index3 grid, int threads, const std::function<void()>& kernel) {
   Cta cta(grid, threads, kernel);
   Cta::current() = &cta;
   std::string error;
+  if (grid.z != 1) error = "a grid of three dimensions";
   for (unsigned y = 0; y < grid.y && error.empty(); ++y) {
     for (unsigned x = 0; x < grid.x && error.empty(); ++x) {
       error = cta.run({x, y, 0});
@@ -436,11 +473,7 @@ void barrier_sync(int barrier, int threads) { cta().sync(barrier, threads, false
 void barrier_arrive(int barrier, int threads) { cta().arrive(barrier, threads, false); }
 bool barrier_any(int barrier, int threads, bool flag) { return cta().sync(barrier, threads, flag); }
 
-void mbarrier_init(std::uint64_t& barrier, int arrivals) {
-  const auto count = static_cast<std::uint16_t>(arrivals);
-  const MbarrierState state{count, count, 0, 0};
-  std::memcpy(&barrier, &state, sizeof(state));
-}
+void mbarrier_init(std::uint64_t& barrier, int arrivals) { cta().mbarrier_init(barrier, arrivals); }
 void mbarrier_arrive(std::uint64_t& barrier, std::uint32_t count, std::uint32_t expected_bytes) {
   cta().mbarrier_add(barrier, static_cast<int>(count), expected_bytes);
 }

@@ -10,8 +10,9 @@
 // for. Until then a copy's destination holds NaNs, and products have read nothing of shared memory
 // and written no sums: what is used or overwritten too early shows in the results.
 //
-// Not modelled: time, other CTAs at the same time, caches, fences between the proxies of shared
-// memory, and what a GPU does with an illegal instruction.
+// Not modelled: time, other CTAs at the same time, caches, fences (of the proxies, of wgmma), what
+// a warpgroup's registers are, that `.aligned` wants warps converged, and operands of products in
+// registers, which a compiler keeps until then.
 #pragma once
 
 #include <array>
@@ -38,8 +39,7 @@ void set_seed(std::uint64_t seed);
 // Runs `kernel` in each thread of each CTA, one CTA after another. An error if one cannot go on.
 Status run_grid(Index3 grid, int threads, const std::function<void()>& kernel);
 
-// ---- what a thread asks for; only from inside run_grid
-// -------------------------------------------
+// ---- what a thread asks for; only from inside run_grid ----
 
 int thread_index();
 int num_threads();

@@ -9,8 +9,17 @@
 
 namespace dsa::cuda::ptx {
 
-inline bool elect_one() { return emulator::thread_index() % 32 == 0; }
+inline bool elect_one() {
+  emulator::exchange(0);  // all lanes are there
+  return emulator::thread_index() % 32 == 0;
+}
 inline void prefetch_tensor_map(const CUtensorMap&) {}
+
+inline void check_inside(const void* shared, std::uint32_t bytes) {
+  if (shared_address(shared) + bytes > emulator::kSharedBytes) {
+    emulator::fail("a copy past shared memory");
+  }
+}
 
 // A box, swizzled as wide as its rows: what is outside the tensor is zeros.
 inline void load_box(std::uint8_t* shared, const ByteTensor& tensor, const std::int32_t (&at)[4]) {
@@ -55,6 +64,7 @@ inline void tma_load(void* shared, const CUtensorMap& map, Mbarrier& barrier, st
   auto* to = static_cast<std::uint8_t*>(shared);
   const auto eight_rows = static_cast<std::uint32_t>(tensor.box[0]) * 8;
   if (shared_address(to) % eight_rows != 0) emulator::fail("a misaligned tensor copy");
+  check_inside(to, bytes);
   emulator::poison(to, bytes);
   emulator::bulk_copy(barrier, bytes, [=] { load_box(to, tensor, {c0, c1, c2, c3}); });
 }
@@ -67,6 +77,7 @@ inline void bulk_load(void* shared, const void* global, std::uint32_t bytes, Mba
   if ((shared_address(shared) | reinterpret_cast<std::uintptr_t>(global) | bytes) % 16 != 0) {
     emulator::fail("a misaligned bulk copy");
   }
+  check_inside(shared, bytes);
   emulator::poison(shared, bytes);
   emulator::bulk_copy(barrier, bytes, [=] { std::memcpy(shared, global, bytes); });
 }
