@@ -3,8 +3,9 @@
 
 One latent row is both key (all of it) and value (its first d_v numbers), shared by all heads. Every
 function raises ValueError for a wrong argument (one line: argument, expected, got) and RuntimeError
-when no kernel of this build takes the arguments. The ops are not differentiable: where an input
-requires grad, backward() through a result raises RuntimeError; ``dsa_ext.reference`` is.
+when no kernel of this build takes the arguments. The ops are not differentiable,
+``dsa_ext.reference`` is: where an input requires grad, backward() through a result raises
+RuntimeError. Through one that was given as ``out``, or of a compiled graph, no gradient flows.
 """
 
 from __future__ import annotations
@@ -36,8 +37,11 @@ class _NotDifferentiable(torch.autograd.Function):
         )
 
 
-def _raise_in_backward(op: str, results: tuple[Tensor, ...], *inputs: Tensor | None) -> None:
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+def _raise_in_backward(
+    op: str, results: tuple[Tensor, ...], out: object, *inputs: Tensor | None
+) -> None:
+    """Mark results of inputs that require grad, unless they are given: ``out`` stays as it is."""
+    if out is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return
     if any(t is not None and t.requires_grad for t in inputs):
         _NotDifferentiable.apply(op, results, *inputs)  # type: ignore[no-untyped-call]
@@ -114,7 +118,7 @@ def flash_mla_sparse_fwd(
     ops.flash_mla_sparse_fwd(
         q, kv, indices, sm_scale, d_v, attn_sink, topk_length, result, max_logits, lse
     )
-    _raise_in_backward(op, (result, max_logits, lse), q, kv, attn_sink)
+    _raise_in_backward(op, (result, max_logits, lse), out, q, kv, attn_sink)
     return result, max_logits, lse
 
 
@@ -168,8 +172,9 @@ def flash_mla_with_kvcache(
         extra_topk_length: the same for extra_indices_in_kvcache.
         enable_batch_invariant: the same as batch_invariant, in FlashMLA's place.
         out: the pair to write into, or its first tensor alone.
-        batch_invariant: a row's bits do not depend on the rest of the batch (always so on the CPU);
-            on a GPU they then depend on the width of indices or block_table alone.
+        batch_invariant: a row's bits do not depend on the rest of the batch (always so on the CPU),
+            nor on the width of block_table; sparse, on a GPU, on whether indices are wider than
+            1024.
         workspace: uint8 scratch memory of the call, 16-byte aligned, so that nothing is allocated;
             ``dsa_ext.MAX_WORKSPACE_BYTES`` always suffice. Calls on one stream may share it.
 
@@ -210,7 +215,7 @@ def flash_mla_with_kvcache(
         lse,
         workspace,
     )
-    _raise_in_backward(op, (result, lse), q, k_cache, extra_k_cache, attn_sink)
+    _raise_in_backward(op, (result, lse), out, q, k_cache, extra_k_cache, attn_sink)
     return result, lse
 
 
@@ -260,7 +265,7 @@ def merge_attn_states(
         _view_of_rows("out", merged, 2),
         _view_of_rows("out lse", lse, 1),
     )
-    _raise_in_backward(op, (merged, lse), outs, lses)
+    _raise_in_backward(op, (merged, lse), out, outs, lses)
     return merged, lse
 
 

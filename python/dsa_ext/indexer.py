@@ -43,8 +43,8 @@ def set_num_sms(num_sms: int) -> None:
     ValueError if ``num_sms`` is negative. DeepGEMM's function.
     """
     global _num_sms
-    if num_sms < 0:
-        raise ValueError(f"set_num_sms: num_sms: expected >= 0, got {num_sms}")
+    if not isinstance(num_sms, int) or num_sms < 0:
+        raise ValueError(f"set_num_sms: num_sms: expected an int >= 0, got {num_sms}")
     _num_sms = num_sms
 
 
@@ -204,6 +204,8 @@ def fp8_paged_mqa_logits(
     """
     op = "fp8_paged_mqa_logits"
     check_tensor(op, "q", q)
+    if indices is not None:
+        check_tensor(op, "indices", indices)
     _check_logits_dtype(op, logits_dtype)
     if out is None:
         rows = q.shape[:1].numel() * q.shape[1:2].numel()

@@ -1136,6 +1136,11 @@ WRONG = [
         "x: expected a last dimension that is a power of two from 1 to 32768, got 65536",
     ),
     (hadamard, {"out": t(4, 8, dtype=BF16)}, "out: expected a tensor like x, got bfloat16 [4, 8]"),
+    (
+        hadamard,
+        {"scale": 2.0**128},  # not in fp32
+        f"scale: expected a finite number, got {2**128}.000000",
+    ),
     (hadamard, {"out": t(5, 8)}, "out: expected a tensor like x, got float32 [5, 8]"),
     (
         hadamard,

@@ -677,8 +677,9 @@ def test_number_of_sms():
     try:
         dsa_ext.set_num_sms(77)
         assert dsa_ext.get_num_sms() == 77
-        with pytest.raises(ValueError, match=r"^set_num_sms: num_sms: expected >= 0, got -1$"):
-            dsa_ext.set_num_sms(-1)
+        for wrong in (-1, 2.5):
+            with pytest.raises(ValueError, match=rf"^set_num_sms: num_sms: .* >= 0, got {wrong}$"):
+                dsa_ext.set_num_sms(wrong)
         assert dsa_ext.get_num_sms() == 77
     finally:
         dsa_ext.set_num_sms(0)
