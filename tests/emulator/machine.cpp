@@ -49,6 +49,7 @@ struct Thread {
   std::unique_ptr<std::uint8_t[]> stack;
   bool is_done = false;
   const void* waits_for = nullptr;  // nullptr: it can go on
+  std::uint64_t cluster_phase = 0;  // of its last arrival
   std::string waits_at;
   std::deque<CopyStep> copies;
   int copy_groups = 0;  // on their way
@@ -94,6 +95,17 @@ std::mt19937_64& random_engine() {
 
 struct Failure {};  // error_ says what
 
+class Cta;
+
+// barrier.cluster: complete when all threads that have not ended have arrived.
+struct Cluster {
+  std::vector<std::unique_ptr<Cta>> ctas;
+  std::uint64_t phases = 0;
+  int alive = 0, arrived = 0;
+
+  void complete();
+};
+
 class Cta {
  public:
   static Cta*& current() {
@@ -101,9 +113,11 @@ class Cta {
     return cta;
   }
 
-  Cta(Index3 grid, int threads, const std::function<void()>& kernel)
-      : grid_(grid),
+  Cta(Cluster& cluster, Index3 grid, int threads, const std::function<void()>& kernel)
+      : cluster_(cluster),
+        grid_(grid),
         kernel_(kernel),
+        image_(kSharedBytes),
         threads_(static_cast<std::size_t>(threads)),
         warps_(threads_.size() / kWarp),
         warpgroups_((threads_.size() + kWarpgroup - 1) / kWarpgroup) {
@@ -114,9 +128,10 @@ class Cta {
     std::iota(order_.begin(), order_.end(), std::size_t{0});
   }
 
-  std::string run(Index3 index) {
+  void begin(Index3 index, unsigned rank) {
     index_ = index;
-    poison(shared_memory(), kSharedBytes);
+    rank_ = rank;
+    poison(image_.data(), kSharedBytes);
     for (std::size_t actor = 0; actor < priorities_.size(); ++actor) change_priority(actor);
     for (Thread& t : threads_) {
       auto stack = std::move(t.stack);
@@ -132,7 +147,23 @@ class Cta {
     for (Warpgroup& warpgroup : warpgroups_) warpgroup = {};
     barriers_ = {};
     mbarriers_.clear();
+    error_.reset();
     alive_ = num_threads();
+  }
+
+  bool is_done() const { return alive_ == 0; }
+  bool can_go_on() const {
+    return std::any_of(threads_.begin(), threads_.end(),
+                       [](const Thread& t) { return !t.is_done && t.waits_for == nullptr; });
+  }
+  const std::optional<std::string>& error() const { return error_; }
+  unsigned rank() const { return rank_; }
+  std::uint8_t* image() { return this == current() ? shared_memory() : image_.data(); }
+
+  // Until it is done or waits for others.
+  void go_on() {
+    current() = this;
+    std::memcpy(shared_memory(), image_.data(), kSharedBytes);
     while (!error_ && alive_ > 0) {
       if (random() % kTurnsPerChange == 0) change_priority(random() % priorities_.size());
       try {
@@ -140,8 +171,47 @@ class Cta {
       } catch (const Failure&) {
       }
     }
-    if (error_) return *error_;
-    return alive_ == 0 ? left_over() : "hangs: " + who_waits();
+    if (!error_ && is_done()) {
+      const std::string left = left_over();
+      if (!left.empty()) error_ = left;
+    }
+    std::memcpy(image_.data(), shared_memory(), kSharedBytes);
+    if (is_done()) poison(image_.data(), kSharedBytes);
+    current() = nullptr;
+  }
+
+  std::string who_waits() const {
+    std::string text;
+    std::string before;
+    for (std::size_t i = 0; i < threads_.size(); ++i) {
+      if (threads_[i].is_done || threads_[i].waits_at == before) continue;
+      before = threads_[i].waits_at;
+      text += "thread " + std::to_string(i) + " and on at " + before + "; ";
+    }
+    return text;
+  }
+
+  void wake(const void* what) {
+    for (Thread& t : threads_) {
+      if (t.waits_for == what) t.waits_for = nullptr;
+    }
+  }
+
+  // ---- the cluster ----
+  void cluster_arrive() {
+    if (own().cluster_phase > cluster_.phases) fail("arrives twice at the cluster's barrier");
+    own().cluster_phase = cluster_.phases + 1;
+    ++cluster_.arrived;
+    cluster_.complete();
+  }
+  void cluster_wait() {
+    const std::uint64_t phase = own().cluster_phase;
+    wait(&cluster_, [&] { return cluster_.phases >= phase; }, "cluster barrier");
+  }
+  std::uint8_t* of_cta(const void* shared, unsigned rank) {
+    if (rank >= cluster_.ctas.size()) fail("no CTA " + std::to_string(rank) + " in the cluster");
+    const auto byte = static_cast<const std::uint8_t*>(shared) - shared_memory();
+    return cluster_.ctas[rank]->image() + byte;
   }
 
   // ---- threads ----
@@ -287,6 +357,9 @@ class Cta {
     cta.kernel_();
     cta.own().is_done = true;
     --cta.alive_;
+    --cta.cluster_.alive;
+    if (cta.own().cluster_phase > cta.cluster_.phases) --cta.cluster_.arrived;
+    cta.cluster_.complete();
   }
 
   static std::uint64_t byte_of(const std::uint64_t& barrier) {
@@ -302,12 +375,6 @@ class Cta {
   }
 
   void swap_out() { swapcontext(&own().context, &scheduler_); }
-
-  void wake(const void* what) {
-    for (Thread& t : threads_) {
-      if (t.waits_for == what) t.waits_for = nullptr;
-    }
-  }
 
   void change_priority(std::size_t actor) {
     priorities_[actor] = random();
@@ -404,20 +471,12 @@ class Cta {
     return "";
   }
 
-  std::string who_waits() const {
-    std::string text;
-    std::string before;
-    for (std::size_t i = 0; i < threads_.size(); ++i) {
-      if (threads_[i].is_done || threads_[i].waits_at == before) continue;
-      before = threads_[i].waits_at;
-      text += "thread " + std::to_string(i) + " and on at " + before + "; ";
-    }
-    return text;
-  }
-
+  Cluster& cluster_;
   const Index3 grid_;
   const std::function<void()>& kernel_;
   Index3 index_;
+  unsigned rank_ = 0;
+  std::vector<std::uint8_t> image_;  // its shared memory, while another CTA has its turn
   ucontext_t scheduler_{};
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
@@ -435,23 +494,56 @@ class Cta {
 
 Cta& cta() { return *Cta::current(); }
 
+void Cluster::complete() {
+  if (alive == 0 || arrived < alive) return;
+  arrived = 0;
+  ++phases;
+  for (const auto& each : ctas) each->wake(this);
+}
+
+// All of the cluster's CTAs, in turns; the first's index is `first`.
+std::string run_cluster(Cluster& cluster, Index3 first, int threads) {
+  cluster.phases = 0;
+  cluster.arrived = 0;
+  cluster.alive = threads * static_cast<int>(cluster.ctas.size());
+  for (unsigned rank = 0; rank < cluster.ctas.size(); ++rank) {
+    cluster.ctas[rank]->begin({first.x, first.y + rank, 0}, rank);
+  }
+  while (true) {
+    std::vector<Cta*> ready;
+    std::string waiting;
+    for (const auto& each : cluster.ctas) {
+      if (each->can_go_on()) ready.push_back(each.get());
+      if (!each->is_done()) waiting += each->who_waits();
+    }
+    if (ready.empty()) return waiting.empty() ? "" : "hangs: " + waiting;
+    Cta& next = *ready[random_engine()() % ready.size()];
+    next.go_on();
+    if (next.error()) {
+      return "rank " + std::to_string(next.rank()) + ": " + *next.error();
+    }
+  }
+}
+
 }  // namespace
 
 void set_seed(std::uint64_t seed) { random_engine().seed(seed); }
 
-Status run_grid(Index3 grid, int threads, const std::function<void()>& kernel) {
-  Cta cta(grid, threads, kernel);
-  Cta::current() = &cta;
+Status run_grid(Index3 grid, unsigned size, int threads, const std::function<void()>& kernel) {
+  Cluster cluster;
+  for (unsigned i = 0; i < size; ++i) {
+    cluster.ctas.push_back(std::make_unique<Cta>(cluster, grid, threads, kernel));
+  }
   std::string error;
   if (grid.z != 1) error = "a grid of three dimensions";
-  for (unsigned y = 0; y < grid.y && error.empty(); ++y) {
+  if (grid.y % size != 0) error = "a grid of no whole clusters";
+  for (unsigned y = 0; y < grid.y && error.empty(); y += size) {
     for (unsigned x = 0; x < grid.x && error.empty(); ++x) {
-      error = cta.run({x, y, 0});
+      error = run_cluster(cluster, {x, y, 0}, threads);
       if (!error.empty())
         error = "CTA " + std::to_string(x) + ", " + std::to_string(y) + ": " + error;
     }
   }
-  Cta::current() = nullptr;
   return error.empty() ? Status{} : Status::internal(error);
 }
 
@@ -459,6 +551,10 @@ int thread_index() { return cta().thread(); }
 int num_threads() { return cta().num_threads(); }
 Index3 cta_index() { return cta().index(); }
 Index3 grid_size() { return cta().grid(); }
+unsigned cluster_rank() { return cta().rank(); }
+std::uint8_t* of_cta(const void* shared, unsigned rank) { return cta().of_cta(shared, rank); }
+void cluster_arrive() { cta().cluster_arrive(); }
+void cluster_wait() { cta().cluster_wait(); }
 
 void fail(const std::string& why) {
   cta().fail(why);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A CTA of a Hopper GPU on the CPU, to find out about kernels where no GPU is: whether they compute
-// what they should, hang, or read what is not there yet, under many schedules.
+// A CTA, or a cluster, of a Hopper GPU on the CPU, to find out about kernels where no GPU is:
+// whether they compute what they should, hang, or read what is not there yet, under many schedules.
 //
 // Threads are fibres. Whatever can make progress is an actor: each warp, the copy engine and the
 // tensor core of each warpgroup. The actor of the highest priority goes on until it waits, and
@@ -10,9 +10,12 @@
 // for. Until then a copy's destination holds NaNs, and products have read nothing of shared memory
 // and written no sums: what is used or overwritten too early shows in the results.
 //
-// Not modelled: time, other CTAs at the same time, caches, fences (of the proxies, of wgmma), what
-// a warpgroup's registers are, that `.aligned` wants warps converged, and operands of products in
-// registers, which a compiler keeps until then.
+// A cluster's CTAs take turns: one goes on until it waits for the others. Shared memory is NaNs
+// before a CTA begins and when it has ended, also for what others read there.
+//
+// Not modelled: time, other clusters at the same time, caches, fences (of the proxies, of wgmma),
+// what a warpgroup's registers are, that `.aligned` wants warps converged, and operands of products
+// in registers, which a compiler keeps until then.
 #pragma once
 
 #include <array>
@@ -36,8 +39,9 @@ inline constexpr int kNumSms = 3;  // of the device that launches are sized for
 // Of launches from now on: another seed, another schedule.
 void set_seed(std::uint64_t seed);
 
-// Runs `kernel` in each thread of each CTA, one CTA after another. An error if one cannot go on.
-Status run_grid(Index3 grid, int threads, const std::function<void()>& kernel);
+// Runs `kernel` in each thread of each CTA, one cluster, of so many CTAs along y, after another. An
+// error if one cannot go on.
+Status run_grid(Index3 grid, unsigned cluster, int threads, const std::function<void()>& kernel);
 
 // ---- what a thread asks for; only from inside run_grid ----
 
@@ -46,6 +50,9 @@ int num_threads();
 Index3 cta_index();
 Index3 grid_size();
 std::uint8_t* shared_memory();  // of the CTA
+unsigned cluster_rank();
+// The same place of another CTA's shared memory.
+std::uint8_t* of_cta(const void* shared, unsigned rank);
 
 // The CTA cannot go on.
 [[noreturn]] void fail(const std::string& why);
@@ -57,6 +64,10 @@ const std::array<std::uint64_t, kWarp>& exchange(std::uint64_t value);
 void barrier_sync(int barrier, int threads);
 void barrier_arrive(int barrier, int threads);
 bool barrier_any(int barrier, int threads, bool flag);
+
+// barrier.cluster.
+void cluster_arrive();
+void cluster_wait();
 
 void mbarrier_init(std::uint64_t& barrier, int arrivals);
 void mbarrier_arrive(std::uint64_t& barrier, std::uint32_t count, std::uint32_t expected_bytes);

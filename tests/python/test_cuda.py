@@ -412,6 +412,23 @@ def test_sparse_decode_candidates(name, h_q, topk):
 FP8_FORMATS = [name for name, fmt in FORMATS.items() if fmt.fp8]
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 9, 17, 40])
+@pytest.mark.parametrize("h_q", [1, 16, 33, 64, 128])
+@pytest.mark.parametrize("name", FP8_FORMATS)
+def test_fp8_decode_of_few_requests(name, h_q, batch):
+    """Splits in clusters of all sizes; many without keys. Alike with partial results in memory."""
+    case = cache_case(name, DEVICE, batch=batch, s_q=1, h_q=h_q, topk=2048, extra=30, sink=True)
+    case["topk_length"] = torch.randint(-9, 2100, (batch,), dtype=torch.int32, device=DEVICE)
+    check_gentle(case)
+    got = dsa_ext.flash_mla_with_kvcache(**case)
+    assert_all_same_bits(dsa_ext.flash_mla_with_kvcache(**case), got)
+    out = torch.empty(batch, 1, h_q, 514, dtype=BF16, device=DEVICE)[..., 1:-1]  # not aligned
+    lse = torch.empty_like(got[1])
+    dsa_ext.flash_mla_with_kvcache(**case, out=(out, lse))
+    torch.testing.assert_close(out.float(), got[0].float(), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(lse, got[1], rtol=1e-5, atol=1e-5)
+
+
 FP8_KERNELS = (
     ("sm90a_kvcache_fwd", "sm90a_fp8_sparse_fwd"),
     ("portable_kvcache_fwd", "portable_sparse_fwd"),

@@ -64,7 +64,8 @@ struct AttentionArgs {
   std::int64_t seqlens_stride = 0;
   bool causal = false;
 
-  // Splits of a row's keys; more than one write partial results for attention_combine.
+  // Splits of a row's keys; more than one write partial results for attention_combine, or are
+  // combined by the kernel.
   std::int64_t first_row = 0;
   int num_splits = 1;
   int least_split_tokens = 0;    // of a split that is not a row's last

@@ -52,6 +52,25 @@ struct TileShare {
   }
 };
 
+__device__ __forceinline__ void store_statistics(const AttentionArgs& args,
+                                                 const AttentionPlace& at, int head,
+                                                 const HeadResult& result) {
+  const int h = at.first_head + head;
+  args.lse[at.b * args.lse_stride_b + at.j * args.lse_stride_j + h * args.lse_stride_h] =
+      result.lse();
+  if (args.max_logits != nullptr) {
+    args.max_logits[at.b * args.max_stride_b + at.j * args.max_stride_j + h * args.max_stride_h] =
+        result.max_logit;
+  }
+}
+
+// The factor of a head's output if there is a sink.
+__device__ __forceinline__ float beside_sink(const AttentionArgs& args, const AttentionPlace& at,
+                                             int head, const HeadResult& result, float factor) {
+  if (args.sink == nullptr || result.empty) return factor;
+  return factor * share_beside(args.sink[(at.first_head + head) * args.sink_stride], result.lse());
+}
+
 // Stores the statistics of head `head` of the tile; the factor of its output, or kZeroOutput.
 __device__ __forceinline__ float store_head(const AttentionArgs& args, const AttentionPlace& at,
                                             int head, const HeadResult& result) {
@@ -60,15 +79,8 @@ __device__ __forceinline__ float store_head(const AttentionArgs& args, const Att
     args.partial_lse[at.partial + head] = result.lse2;
     return factor;
   }
-  const int h = at.first_head + head;
-  args.lse[at.b * args.lse_stride_b + at.j * args.lse_stride_j + h * args.lse_stride_h] =
-      result.lse();
-  if (args.max_logits != nullptr) {
-    args.max_logits[at.b * args.max_stride_b + at.j * args.max_stride_j + h * args.max_stride_h] =
-        result.max_logit;
-  }
-  if (args.sink == nullptr || result.empty) return factor;
-  return factor * share_beside(args.sink[h * args.sink_stride], result.lse());
+  store_statistics(args, at, head, result);
+  return beside_sink(args, at, head, result, factor);
 }
 
 }  // namespace dsa::cuda

@@ -69,9 +69,11 @@ inline constexpr int kMaxCluster = 16;
 // A launch in clusters of `cluster` CTAs, of which the grid is a multiple.
 struct ClusterLaunch {
   dim3 grid;
-  int cluster;
+  dim3 cluster;
   int threads;
   std::size_t shared_bytes;
+
+  int cluster_size() const { return static_cast<int>(cluster.x * cluster.y * cluster.z); }
 };
 
 // use(config), the runtime's form of `shape`, after what it asks for has been allowed.
@@ -81,14 +83,14 @@ Status with_cluster_config(const char* name, const Launch& where, const ClusterL
   constexpr int kPortableSize = 8;  // more are not there on every GPU that has clusters
   const Status allowed = allow_shared_bytes<kKernel>(name, where.device, shape.shared_bytes);
   if (!allowed.ok()) return allowed;
-  if (shape.cluster > kPortableSize) {
+  if (shape.cluster_size() > kPortableSize) {
     const Status larger = to_status(
         cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name);
     if (!larger.ok()) return larger;
   }
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+  attribute.val.clusterDim = {shape.cluster.x, shape.cluster.y, shape.cluster.z};
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
@@ -115,7 +117,7 @@ template <auto kKernel>
 int clusters_at_once(const char* name, const Launch& where, const ClusterLaunch& shape) {
   constexpr int kFirstWithClusters = 90;
   static std::atomic<int> known[kMaxDevices][kMaxCluster + 1] = {};  // and one
-  std::atomic<int>& entry = known[where.device.index % kMaxDevices][shape.cluster];
+  std::atomic<int>& entry = known[where.device.index % kMaxDevices][shape.cluster_size()];
   const int plus_one = entry.load(std::memory_order_relaxed);
   if (plus_one > 0) return plus_one - 1;
   int count = 0;

@@ -11,9 +11,18 @@
 
 namespace dsa::cuda::sm90a {
 
+// Of a head in one of the CTAs that share its keys.
+struct SplitResult {
+  float lse2;
+  float factor;  // of what was summed
+};
+
 // Layout: of the cache, MlaV32Layout or MlaV4Layout. kHasMaxima: the largest logits are asked for.
-template <typename Layout, int kHeads_, bool kHasMaxima_>
+// kInClusters: splits are CTAs of a cluster, which combine them.
+template <typename Layout, int kHeads_, bool kHasMaxima_, bool kInClusters_ = false>
 struct KvCacheFwdConfig {
+  static constexpr bool kInClusters = kInClusters_;
+  using InClusters = KvCacheFwdConfig<Layout, kHeads_, false, true>;
   static constexpr bool kHasMaxima = kHasMaxima_;
   static constexpr bool kIsV32 = std::is_same_v<Layout, MlaV32Layout>;
   static constexpr int kHeads = kHeads_;  // of a tile: 8, 16, 32 or 64
@@ -70,6 +79,12 @@ struct KvCacheFwdConfig {
     alignas(16) std::uint64_t codes[kTokens];         // ue8m0, as copied
   };
 
+  // For the combination of splits in a cluster.
+  struct Splits {
+    SplitResult results[kHeads];  // of this CTA
+    float weights[4 * kHeads];    // of its parts, of all splits
+  };
+
   struct SharedStorage {
     alignas(1024) std::uint8_t q[kQueryBlocks][kBlockBytes];  // [heads, 64 dims], swizzled
     // [heads, 64 tokens], swizzled: f16; of V4 also bf16, for RoPE, without the rows' exponents.
@@ -91,6 +106,12 @@ struct KvCacheFwdConfig {
     ptx::Mbarrier full_raw[kStages], full_scales[kStages], empty_raw[kStages];
     KeySequence keys;
     std::int32_t first_tile, tiles;  // of this CTA; read anew, not to keep a register
+
+    // Where scales were, when all tiles are done.
+    __device__ Splits& splits() {
+      static_assert(sizeof(Splits) <= sizeof(scales));
+      return *reinterpret_cast<Splits*>(scales);
+    }
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 

@@ -24,7 +24,9 @@
 //            two warps. empty_raw: the 12 warps of the others. bar.sync 1: these, for the queries
 //            (twice). 2: the output's 256 threads: P is there, and bases move. 3 and 4: scores are
 //            there, and have been read, the ones arriving and the others waiting.
-// Grid       x: query token, block of heads; y: split of its tokens.
+// Grid       x: query token, block of heads; y: split of its tokens. With kInClusters the splits
+// are
+//            a cluster, which combines them: kvcache_fwd_combination.cuh.
 #pragma once
 
 #include <cuda.h>
@@ -39,6 +41,7 @@
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
+#include "cuda/sm90a/kvcache_fwd_combination.cuh"
 #include "cuda/sm90a/kvcache_fwd_config.h"
 #include "cuda/sm90a/kvcache_fwd_producer.cuh"
 #include "cuda/sm90a/kvcache_fwd_queries.cuh"
@@ -101,17 +104,26 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   KvCacheFwdValues<Config> values(shared, args.scale_log2 * scale.down(),
                                   warpgroup - Config::kFirstValues);
   values.run();
-  const AttentionPlace at = place();
-  values.finish([&](int head, const HeadResult& result) {
-    const float factor = head < at.heads ? store_head(args, at, head, result) : 0.0f;
-    shared.out_factor[head] = factor * (1.0f / (1 << Config::kScaleBits));
-  });
-  if (args.num_splits > 1) {
-    values.store(args.partial_out + at.partial * Config::kDimV, Config::kDimV, at.heads, true);
+  constexpr float kDown = 1.0f / (1 << Config::kScaleBits);
+  if constexpr (Config::kInClusters) {
+    values.finish([&](int head, const HeadResult& result) {
+      shared.splits().results[head] = {result.lse2, result.factor() * kDown};
+    });
+    values.stage();
+    KvCacheFwdCombination<Config>(shared, args, threadIdx.x - 128 * Config::kFirstValues).run();
   } else {
-    values.store(reinterpret_cast<__nv_bfloat16*>(args.out) + at.b * args.out_stride_b +
-                     at.j * args.out_stride_j + at.first_head * args.out_stride_h,
-                 args.out_stride_h, at.heads, args.out_aligned);
+    const AttentionPlace at = place();
+    values.finish([&](int head, const HeadResult& result) {
+      const float factor = head < at.heads ? store_head(args, at, head, result) : 0.0f;
+      shared.out_factor[head] = factor * kDown;
+    });
+    if (args.num_splits > 1) {
+      values.store(args.partial_out + at.partial * Config::kDimV, Config::kDimV, at.heads, true);
+    } else {
+      values.store(reinterpret_cast<__nv_bfloat16*>(args.out) + at.b * args.out_stride_b +
+                       at.j * args.out_stride_j + at.first_head * args.out_stride_h,
+                   args.out_stride_h, at.heads, args.out_aligned);
+    }
   }
 }
 

@@ -64,8 +64,47 @@ class KvCacheFwdValues {
     ptx::named_sync<kValueBarrier, Config::kValueThreads>();
   }
 
+  // The output as it was summed, fp32, into shared memory: nothing before the scales is needed
+  // there any more.
+  __device__ void stage() const {
+    static_assert(Config::kHeads * Config::kDimV * 4 <= offsetof(SharedStorage, scales));
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+      // Of the first eight heads and 64 dims; others are multiples of both further.
+      const int head = lane_ % 4 * 2 + odd, dim = first_dim(0) + lane_ / 4 * 2;
+      float* to = &staged(shared_, head, dim / 4 * 4)->x + dim % 4;
+#pragma unroll
+      for (int j = 0; j < Config::kHeads / 8; ++j) {
+#pragma unroll
+        for (int m = 0; m < Config::kValueTiles; ++m) {
+          if (m == kRopeTile && has_rope()) continue;
+          const float* x = &out_[m][4 * j + odd];  // of a dim, and of the next
+          *reinterpret_cast<float2*>(to + 8 * j * Config::kDimV + 64 * m) = {x[0], x[2]};
+        }
+      }
+      if (has_rope()) {
+        constexpr float kUp = 1 << Config::kScaleBits;  // as the others are
+#pragma unroll
+        for (int more = 0; more < 2; ++more) {
+          const int d = first_dim(kRopeTile) + lane_ / 4 + 8 * more;
+          float* of_dim = &staged(shared_, head, d / 4 * 4)->x + d % 4;
+#pragma unroll
+          for (int j = 0; j < Config::kHeads / 8; ++j) {
+            of_dim[8 * j * Config::kDimV] = out_[kRopeTile][4 * j + odd + 2 * more] * kUp;
+          }
+        }
+      }
+    }
+  }
+
+  // Four dims of a head that is staged; eight heads' are in different banks.
+  __device__ static float4* staged(SharedStorage& shared, int head, int dim) {
+    float* of_head = reinterpret_cast<float*>(shared.q[0]) + head * Config::kDimV;
+    return reinterpret_cast<float4*>(of_head + (dim ^ head % 8 * 4));
+  }
+
   // The output of `heads` heads, bf16 or fp32, head h's at out + h * stride, by way of shared
-  // memory: nothing before the scales is needed there any more.
+  // memory.
   template <typename Element>
   __device__ void store(Element* out, std::int64_t stride, int heads, bool aligned) const {
     stage();
@@ -81,7 +120,8 @@ class KvCacheFwdValues {
       for (int i = 0; i < kTurns; ++i) {
 #pragma unroll
         for (int k = 0; k < kCount; k += 4) {
-          *reinterpret_cast<float4*>(&x[i][k]) = *staged(head, (32 * i + lane_) * kCount + k);
+          *reinterpret_cast<float4*>(&x[i][k]) =
+              *staged(shared_, head, (32 * i + lane_) * kCount + k);
         }
       }
 #pragma unroll
@@ -96,12 +136,6 @@ class KvCacheFwdValues {
  private:
   static constexpr int kTileTokens = 16;  // of a step
 
-  // Four dims of a head; eight heads' are in different banks.
-  __device__ float4* staged(int head, int dim) const {
-    float* of_head = reinterpret_cast<float*>(shared_.q[0]) + head * Config::kDimV;
-    return reinterpret_cast<float4*>(of_head + (dim ^ head % 8 * 4));
-  }
-
   __device__ static void store_16_bytes(float* to, const float (&x)[4], bool) {
     *reinterpret_cast<float4*>(to) = {x[0], x[1], x[2], x[3]};
   }
@@ -113,37 +147,6 @@ class KvCacheFwdValues {
     } else {
       const auto* elements = reinterpret_cast<const __nv_bfloat16*>(&packed);
       for (int i = 0; i < 8; ++i) to[i] = elements[i];
-    }
-  }
-
-  __device__ void stage() const {
-    static_assert(Config::kHeads * Config::kDimV * 4 <= offsetof(SharedStorage, scales));
-#pragma unroll
-    for (int odd = 0; odd < 2; ++odd) {
-      // Of the first eight heads and 64 dims; others are multiples of both further.
-      const int head = lane_ % 4 * 2 + odd, dim = first_dim(0) + lane_ / 4 * 2;
-      float* to = &staged(head, dim / 4 * 4)->x + dim % 4;
-#pragma unroll
-      for (int j = 0; j < Config::kHeads / 8; ++j) {
-#pragma unroll
-        for (int m = 0; m < Config::kValueTiles; ++m) {
-          if (m == kRopeTile && has_rope()) continue;
-          const float* x = &out_[m][4 * j + odd];  // of a dim, and of the next
-          *reinterpret_cast<float2*>(to + 8 * j * Config::kDimV + 64 * m) = {x[0], x[2]};
-        }
-      }
-      if (has_rope()) {
-        constexpr float kUp = 1 << Config::kScaleBits;  // as the others are
-#pragma unroll
-        for (int more = 0; more < 2; ++more) {
-          const int d = first_dim(kRopeTile) + lane_ / 4 + 8 * more;
-          float* of_dim = &staged(head, d / 4 * 4)->x + d % 4;
-#pragma unroll
-          for (int j = 0; j < Config::kHeads / 8; ++j) {
-            of_dim[8 * j * Config::kDimV] = out_[kRopeTile][4 * j + odd + 2 * more] * kUp;
-          }
-        }
-      }
     }
   }
 

@@ -20,13 +20,36 @@ constexpr T round_up(T a, T b) {
   return ceil_div(a, b) * b;
 }
 
+inline constexpr int kMaxCluster = 16;
+
+struct ClusterLaunch {
+  dim3 grid;
+  dim3 cluster;
+  int threads;
+  std::size_t shared_bytes;
+};
+
 template <auto kKernel, typename... Args>
-Status launch(const char* name, const Launch&, dim3 grid, int threads, std::size_t shared_bytes,
-              const Args&... args) {
-  if (shared_bytes > emulator::kSharedBytes) return Status::internal("too much shared memory");
-  const Status status =
-      emulator::run_grid({grid.x, grid.y, grid.z}, threads, [&] { kKernel(args...); });
+Status launch_clusters(const char* name, const Launch&, const ClusterLaunch& shape,
+                       const Args&... args) {
+  if (shape.shared_bytes > emulator::kSharedBytes) {
+    return Status::internal("too much shared memory");
+  }
+  const dim3& grid = shape.grid;
+  const Status status = emulator::run_grid({grid.x, grid.y, grid.z}, shape.cluster.y, shape.threads,
+                                           [&] { kKernel(args...); });
   return status.ok() ? status : Status::internal(std::string(name) + ": " + status.message());
+}
+
+template <auto kKernel, typename... Args>
+Status launch(const char* name, const Launch& where, dim3 grid, int threads,
+              std::size_t shared_bytes, const Args&... args) {
+  return launch_clusters<kKernel>(name, where, {grid, dim3(1), threads, shared_bytes}, args...);
+}
+
+template <auto kKernel>
+int clusters_at_once(const char*, const Launch&, const ClusterLaunch&) {
+  return emulator::kNumSms;
 }
 
 }  // namespace dsa::cuda
