@@ -529,7 +529,13 @@ std::string run_cluster(Cluster& cluster, Index3 first, int threads) {
 
 void set_seed(std::uint64_t seed) { random_engine().seed(seed); }
 
+namespace {
+unsigned last_size = 0;
+}
+unsigned last_cluster() { return last_size; }
+
 Status run_grid(Index3 grid, unsigned size, int threads, const std::function<void()>& kernel) {
+  last_size = size;
   Cluster cluster;
   for (unsigned i = 0; i < size; ++i) {
     cluster.ctas.push_back(std::make_unique<Cta>(cluster, grid, threads, kernel));

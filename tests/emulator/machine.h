@@ -14,8 +14,9 @@
 // before a CTA begins and when it has ended, also for what others read there.
 //
 // Not modelled: time, other clusters at the same time, caches, fences (of the proxies, of wgmma),
-// what a warpgroup's registers are, that `.aligned` wants warps converged, and operands of products
-// in registers, which a compiler keeps until then.
+// what a relaxed barrier of the cluster leaves unordered, what a warpgroup's registers are, that
+// `.aligned` wants warps converged, and operands of products in registers, which a compiler keeps
+// until then.
 #pragma once
 
 #include <array>
@@ -51,6 +52,7 @@ Index3 cta_index();
 Index3 grid_size();
 std::uint8_t* shared_memory();  // of the CTA
 unsigned cluster_rank();
+unsigned last_cluster();  // CTAs of a cluster of the last launch; from anywhere
 // The same place of another CTA's shared memory.
 std::uint8_t* of_cta(const void* shared, unsigned rank);
 

@@ -100,20 +100,24 @@ TEST(EmulatedAttention, SparseDecode) {
   }
 }
 
-// One request's splits are a cluster, some of which have no keys.
+// One request's splits are a cluster, some or all of which have no keys.
 TEST(EmulatedAttention, SparseDecodeInClusters) {
+  struct Shape {
+    std::int64_t heads, topk;
+    std::int32_t length;
+    unsigned cluster;
+  };
   for (const Format& f : {kV32, kV4}) {
-    for (const std::int64_t heads : {8, 20, 64, 100}) {
-      for (const std::uint64_t seed : {1, 2, 3}) {
-        SCOPED_TRACE(std::string(f.name) + ", heads " + std::to_string(heads));
-        Arena arena(static_cast<std::uint32_t>(seed));
-        KvCacheFwdParams p = decode(arena, f, {1, 1, heads, 7, 38});
-        p.indices = arena.hostile({1, 1, 150 * static_cast<std::int64_t>(seed)}, 7 * 38, 10);
-        p.attn_sink = arena.floats(kF32, {heads}, -2.0f, 2.0f);
-        if (seed == 3) p.topk_length = arena.ints({1}, 130, 130);
-        EXPECT_EQ(cuda::sm90a_kvcache_fwd_workspace_bytes(p), 0);  // no partial results
-        expect_like_cpu(arena, p, seed);
-      }
+    for (const Shape& s : {Shape{8, 2048, 2048, 16}, Shape{16, 700, 130, 6}, Shape{20, 300, 300, 5},
+                           Shape{64, 130, 130, 3}, Shape{64, 450, 0, 8}, Shape{100, 300, 300, 5}}) {
+      SCOPED_TRACE(std::string(f.name) + ", heads " + std::to_string(s.heads));
+      Arena arena(static_cast<std::uint32_t>(s.heads));
+      KvCacheFwdParams p = decode(arena, f, {1, 1, s.heads, 7, 38});
+      p.indices = arena.hostile({1, 1, s.topk}, 7 * 38, 10);
+      p.topk_length = arena.ints({1}, s.length, s.length);
+      p.attn_sink = arena.floats(kF32, {s.heads}, -2.0f, 2.0f);
+      expect_like_cpu(arena, p, static_cast<std::uint64_t>(s.topk));
+      EXPECT_EQ(emulator::last_cluster(), s.cluster);
     }
   }
 }

@@ -88,7 +88,12 @@ SplitPlan plan_splits(const KvCacheFwdParams& p, const AttentionCta& cta,
       best = {rows, rows, static_cast<int>(splits), cta.heads, in_clusters, time};
     }
   };
+  // No more splits than a number of tiles for each takes.
+  const auto is_worth_it = [&](std::int64_t splits) {
+    return ceil_div(tiles, splits) < ceil_div(tiles, splits - 1);
+  };
   for (int splits = 2; splits <= std::min<std::int64_t>(most_splits, kMaxCluster); ++splits) {
+    if (!is_worth_it(splits)) continue;
     const std::int64_t clusters = clusters_at_once(splits);
     if (clusters == 0) continue;
     const auto n = static_cast<float>(splits);
@@ -98,6 +103,7 @@ SplitPlan plan_splits(const KvCacheFwdParams& p, const AttentionCta& cta,
   }
   for (std::int64_t splits = 2; splits <= most_splits; ++splits) {
     if (affordable_rows(splits) < rows) break;
+    if (!is_worth_it(splits)) continue;
     consider(splits, false,
              time_of(ceil_div(ctas * splits, places), splits) + cta.combination_time +
                  cta.partial_time * static_cast<float>(ctas * splits));

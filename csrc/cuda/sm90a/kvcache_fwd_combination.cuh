@@ -41,7 +41,7 @@ class KvCacheFwdCombination {
     weigh();
     ptx::named_sync<kValueBarrier, Config::kValueThreads>();
     for (int own = thread_ / 32; has(own); own += kWarps) combine(own);
-    ptx::cluster_arrive_relaxed();
+    ptx::cluster_arrive_relaxed();  // nothing was written for others, and what was read is used
     ptx::cluster_wait();
   }
 

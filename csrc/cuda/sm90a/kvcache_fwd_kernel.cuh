@@ -25,8 +25,8 @@
 //            (twice). 2: the output's 256 threads: P is there, and bases move. 3 and 4: scores are
 //            there, and have been read, the ones arriving and the others waiting.
 // Grid       x: query token, block of heads; y: split of its tokens. With kInClusters the splits
-// are
-//            a cluster, which combines them: kvcache_fwd_combination.cuh.
+//            are a cluster, which combines them: kvcache_fwd_combination.cuh; barrier.cluster, by
+//            the output's threads alone, twice.
 #pragma once
 
 #include <cuda.h>

@@ -97,7 +97,7 @@ SplitPlan plan_of(const KvCacheFwdParams& p) {
     if (rows * ceil_div<std::int64_t>(p.q.size(2), heads) > device_limits(p.launch.device).num_sms)
       break;
     const SplitPlan plan = plan_of_tile(heads);
-    if (plan.time < best.time) best = plan;
+    if (plan.in_clusters && plan.time < best.time) best = plan;
   }
   return best;
 }
