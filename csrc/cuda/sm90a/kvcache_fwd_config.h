@@ -72,11 +72,12 @@ struct KvCacheFwdConfig {
   struct V32Scales {
     // A row's scales are f16 * 2^(exponent - kScaleBits), for V; for K as KvCacheFwdScores says.
     alignas(16) std::uint16_t f16[kGroups][kTokens];
-    float ratios[kGroups + kSums - 1][kTokens];
+    float ratios[kGroups][kTokens];
   };
   struct V4Scales {
     alignas(16) std::uint16_t f16[kGroups][kTokens];  // the same, for K and V
     alignas(16) std::uint64_t codes[kTokens];         // ue8m0, as copied
+    float of_scores[kTokens];                         // what a row's scores are multiplied by
   };
 
   // For the combination of splits in a cluster.
@@ -93,7 +94,6 @@ struct KvCacheFwdConfig {
     alignas(128) std::uint8_t raw[kStages][kTokens * kRowPitch];
     std::conditional_t<kIsV32, V32Scales, V4Scales> scales[kStages];
     std::int32_t exponents[kStages][kTokens];  // kNoRow: there is none
-    float last_scales[kStages][kTokens];       // what a row's scores are multiplied by
     alignas(16) const std::uint8_t* rows[kCopyWarps][kTokens / kCopyWarps];  // of the next copies
     std::uint32_t valid[kStages][kCopyWarps];
     alignas(16) float bases[kHeads];         // of the softmax

@@ -114,7 +114,7 @@ class KvCacheFwdProducer {
       }
       const bool valid = (shared_.valid[stage.index][half_] >> lane_ & 1u) != 0;
       shared_.exponents[stage.index][token] = valid ? exponent : Config::kNoRow;
-      shared_.last_scales[stage.index][token] = prepare_k(to, token, scales, largest, exponent);
+      prepare_k(to, token, scales, largest, exponent);
       __syncwarp();
       if (lane_ == 0) ptx::mbarrier_arrive(shared_.full_scales[stage.index]);
     }
@@ -143,28 +143,25 @@ class KvCacheFwdProducer {
     }
   }
 
-  // What a row's scores are multiplied by in the end. What is divided by must not be 0; what is
-  // this small beside the largest, or beside RoPE, may as well be this large.
-  __device__ static float prepare_k(V32Scales& to, int token,
-                                    const float (&scales)[Config::kGroups], float largest, int) {
+  // What a sum is multiplied by before a group of the same sum: the group before over this one, of
+  // RoPE over 1; last, what the sum without RoPE is multiplied by. What is divided by must not be
+  // 0; what is this small beside the largest, or beside RoPE, may as well be this large.
+  __device__ static void prepare_k(V32Scales& to, int token, const float (&scales)[Config::kGroups],
+                                   float largest, int) {
+    constexpr int kGroups = Config::kGroups, kSums = Config::kSums;
     const float least = fmaxf(largest * 0x1p-40f, 0x1p-60f);
-    float k[Config::kGroups];
+    float k[kGroups];
 #pragma unroll
-    for (int g = 0; g < Config::kGroups; ++g) k[g] = fabsf(scales[g]) < least ? least : scales[g];
+    for (int g = 0; g < kGroups; ++g) k[g] = fabsf(scales[g]) < least ? least : scales[g];
 #pragma unroll
-    for (int g = 0; g < Config::kGroups; ++g) {
-      const float before = g < Config::kSums ? 1.0f : k[g - Config::kSums];
-      to.ratios[g][token] = before / k[g];
+    for (int g = 0; g < kGroups; ++g) {
+      to.ratios[g][token] = g + kSums < kGroups ? k[g] / k[g + kSums] : k[g];
     }
-    if constexpr (Config::kSums == 2) {
-      to.ratios[Config::kGroups][token] = k[Config::kGroups - 2] / k[Config::kGroups - 1];
-    }
-    return k[Config::kGroups - 1];
   }
 
-  __device__ static float prepare_k(V4Scales&, int, const float (&)[Config::kGroups], float,
-                                    int exponent) {
-    return __uint_as_float((127 - Config::kScaleBits + exponent) << 23);
+  __device__ static void prepare_k(V4Scales& to, int token, const float (&)[Config::kGroups], float,
+                                   int exponent) {
+    to.of_scores[token] = __uint_as_float((127 - Config::kScaleBits + exponent) << 23);
   }
 
   SharedStorage& shared_;

@@ -43,7 +43,8 @@ class KvCacheFwdSoftmax {
         has[i] = exponent != Config::kNoRow;
         up[i] = __uint_as_float((127 - (has[i] ? exponent : 0)) << 23);
         plus[i] = static_cast<float>(exponent);
-        scales[i] = shared_.last_scales[stage][row] * factor_;
+        scales[i] = factor_;
+        if constexpr (!Config::kIsV32) scales[i] *= shared_.scales[stage].of_scores[row];
       }
 #pragma unroll
       for (int j = 0; j < kBlocks; ++j) {
