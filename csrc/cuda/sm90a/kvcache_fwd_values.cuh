@@ -41,18 +41,16 @@ class KvCacheFwdValues {
     }
     auto stage = PipelineState<Config::kStages>::consumer_start();
     for (int tile = 0; tile < shared_.tiles; ++tile, stage.advance()) {
+      ptx::mbarrier_wait(shared_.full_raw[stage.index], stage.phase);
       // All are here: P before is read.
       ptx::named_sync<kFullScores, Config::kMathThreads>();
       const bool moves = softmax_.make_p(stage.index, tile + 1 == shared_.tiles);
       if (moves && tile > 0) rescale();
-      ptx::mbarrier_wait(shared_.full_raw[stage.index], stage.phase);
       if (has_rope()) {
         multiply<true>(stage.index);
       } else {
         multiply<false>(stage.index);
       }
-      __syncwarp();
-      if (lane_ == 0) ptx::mbarrier_arrive(shared_.empty_raw[stage.index]);
     }
     ptx::named_sync<kValueBarrier, Config::kValueThreads>();
   }
@@ -241,6 +239,8 @@ class KvCacheFwdValues {
       }
       ptx::wgmma_commit();
     }
+    __syncwarp();  // the rows have been read
+    if (lane_ == 0) ptx::mbarrier_arrive(shared_.empty_raw[stage]);
     ptx::wgmma_wait<0>();
 #pragma unroll
     for (int m = 0; m < Config::kValueTiles; ++m) ptx::wgmma_result(out_[m]);
