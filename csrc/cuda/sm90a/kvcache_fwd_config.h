@@ -70,7 +70,7 @@ struct KvCacheFwdConfig {
 
   // Of a tile's rows.
   struct V32Scales {
-    // A row's scales are f16 * 2^(exponent - kScaleBits), for V; for K as KvCacheFwdScores says.
+    // A row's scales are f16 * 2^(exponent - kScaleBits), for V; for K as prepare_k says.
     alignas(16) std::uint16_t f16[kGroups][kTokens];
     float ratios[kGroups][kTokens];
   };
@@ -105,7 +105,7 @@ struct KvCacheFwdConfig {
     ptx::Mbarrier full_q;
     ptx::Mbarrier full_raw[kStages], full_scales[kStages], empty_raw[kStages];
     KeySequence keys;
-    std::int32_t first_tile, tiles;  // of this CTA; read anew, not to keep a register
+    std::int32_t first_tile, tiles;  // of this CTA; the output has no register for it
 
     // Where scales were, when all tiles are done.
     __device__ Splits& splits() {

@@ -9,9 +9,10 @@
 // Scales     e4m3 values become f16, exactly. A row's scales are f16 * 2^exponent, of which V is
 //            multiplied by the f16 (2^-12; of V4 exactly) and P by the power: the softmax's base is
 //            that of score + exponent, so that P is at most 2^8 in f16. The sum is of P without it.
-//            V3.2's K: products of a group of 128 dims meet their fp32 scale in fp32: S goes from
-//            group to group times the one's scale over the next one's. V4's K is as V. RoPE is
-//            bf16, of V4's V with a second P, bf16 and without the power.
+//            V3.2's K: products of a group of 128 dims meet their fp32 scale in fp32: a sum goes
+//            from group to group times the one's scale over the next one's, and last, to RoPE,
+//            times the scale. V4's K is as V. RoPE is bf16, of V4's V with a second P, bf16 and
+//            without the power.
 // Warpgroups 0: scores; 64 tokens by 16 in each warp. 1 and 2: their softmax, by halves of the
 //            heads, and 256 of the output's dims each. 3: producer: two warps copy rows as they
 //            are, a bulk copy each; two make of their scales what the others need.

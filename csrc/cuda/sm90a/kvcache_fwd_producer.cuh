@@ -143,9 +143,10 @@ class KvCacheFwdProducer {
     }
   }
 
-  // What a sum is multiplied by before a group of the same sum: the group before over this one, of
-  // RoPE over 1; last, what the sum without RoPE is multiplied by. What is divided by must not be
-  // 0; what is this small beside the largest, or beside RoPE, may as well be this large.
+  // ratios[g]: what a sum with group g's products is multiplied by before it gets those of the next
+  // group of the same sum, g + kSums, or of RoPE, whose scale is 1, or the other sum. What is
+  // divided by must not be 0; what is this small beside the largest, or beside RoPE, may as well be
+  // this large.
   __device__ static void prepare_k(V32Scales& to, int token, const float (&scales)[Config::kGroups],
                                    float largest, int) {
     constexpr int kGroups = Config::kGroups, kSums = Config::kSums;

@@ -55,8 +55,9 @@ class KvCacheFwdScores {
 
   // K q of a tile, 32 dims a step, group after group and RoPE last. V3.2: a group's products are
   // added to a sum whose scale is made that of the group, of RoPE 1. With two sums in turns one is
-  // multiplied while products are added to the other. V4: scales, powers of two, are K's, and one
-  // over the row's RoPE's. Scales are waited for when one is needed.
+  // multiplied while products are added to the other. V4: K is multiplied by its scales, powers of
+  // two, over the row's largest, and RoPE by one over of_scores. Scales are waited for when one is
+  // needed.
   __device__ void multiply(const PipelineState<Config::kStages>& state) {
     const std::uint32_t stage = state.index;
     const std::uint32_t raw = ptx::shared_address(shared_.raw[stage]) +
@@ -67,6 +68,7 @@ class KvCacheFwdScores {
     constexpr int kGroupSteps = Config::kGroup / 32;
     constexpr int kOperands = Config::kIsV32 ? 3 : 2;  // as there are registers for
     constexpr int kAhead = 2;                          // steps
+    static_assert(!Config::kIsV32 || kSums == 1 || kGroupSteps >= kOperands - 1);
     OperandPair operands[kOperands];
     std::uint32_t codes[kAhead + 1][4];
     const auto load = [&](auto step) {
@@ -79,7 +81,8 @@ class KvCacheFwdScores {
     unrolled<kAhead>(load);
     std::uint32_t scales[2];  // V4: of a group, of this thread's rows
     if constexpr (!Config::kIsV32) ptx::mbarrier_wait(shared_.full_scales[stage], state.phase);
-    // Products of a sum that is taken over, by a group or V4's step, from the one before.
+    // V3.2: before products of a group, or RoPE's, are added to a sum of another, it gets their
+    // scale.
     const auto take_over = [&](auto turn) {
       if constexpr (Config::kIsV32 && turn >= kSums) {
         if constexpr (turn == kSums) ptx::mbarrier_wait(shared_.full_scales[stage], state.phase);
@@ -167,9 +170,10 @@ class KvCacheFwdScores {
     });
   }
 
-  // V32. The products of `sum` are not the last ones, and so are done.
-  __device__ void times_ratio(float (&sum)[2 * kColumns], std::uint32_t stage, int i) const {
-    const float* ratios = shared_.scales[stage].ratios[i];
+  // V32. The products of `sum` are done: all are, or those of the other sum are more than are
+  // pending.
+  __device__ void times_ratio(float (&sum)[2 * kColumns], std::uint32_t stage, int group) const {
+    const float* ratios = shared_.scales[stage].ratios[group];
     ptx::wgmma_result(sum);
     const float ratio[2] = {ratios[row(0)], ratios[row(1)]};
 #pragma unroll
