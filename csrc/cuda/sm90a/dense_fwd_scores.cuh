@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+// The dense kernel's scores: one warpgroup, which keeps the queries in registers, multiplies them
+// with block after block and makes P of the scores.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/common/attention_place.cuh"
+#include "cuda/common/attention_result.cuh"
+#include "cuda/common/pair.cuh"
+#include "cuda/ptx/arithmetic.cuh"
+#include "cuda/ptx/ldst.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/sm90a/dense_fwd_config.h"
+
+namespace dsa::cuda::sm90a {
+
+template <typename Config>
+class DenseFwdScores {
+ public:
+  using SharedStorage = typename Config::SharedStorage;
+  using Element = typename Config::Element;
+
+  __device__ DenseFwdScores(SharedStorage& shared, const AttentionArgs& args, int thread)
+      : shared_(shared), args_(args), warp_(thread / 32 % 4), lane_(thread % 32) {}
+
+  __device__ void run(const LatentFwdGrid& grid) {
+    const typename Config::Turns turns(grid);
+    for (unsigned n = 0; turns.has(n); ++n) {
+      ptx::mbarrier_wait(shared_.full_task[n % 2], n / 2 % 2);
+      int left = shared_.tasks[n % 2].blocks;
+      load_q(n);
+      begin();
+      for (bool is_first = true; left > 0; --left, is_first = false) {
+        issue_qk();
+        finish_qk(is_first);
+        softmax();
+      }
+      let_go(shared_.empty_q);
+      finish(shared_.tasks[n % 2].place, n);
+      let_p_be_used();
+    }
+  }
+
+ private:
+  static constexpr float kSlack = 8.0f;  // as in LatentFwdMath
+
+  __device__ int row(int i) const { return 16 * warp_ + lane_ / 4 + 8 * i; }
+
+  __device__ void let_go(ptx::Mbarrier& empty) {
+    __syncwarp();
+    if (lane_ == 0) ptx::mbarrier_arrive(empty);
+  }
+
+  // Of this lane, for ldmatrix: 16 rows of the warp, columns 8 j to 8 j + 15, of 128-byte rows.
+  __device__ std::uint32_t matrix_address(const std::uint8_t* block, int j) const {
+    const int r = 16 * warp_ + lane_ % 16, chunk = j + lane_ / 16;
+    return ptx::shared_address(block) + r * 128 + (chunk ^ r % 8) * 16;
+  }
+
+  __device__ void load_q(unsigned n) {
+#pragma unroll
+    for (int part = 0; part < Config::kHeldParts; ++part, ring_.next()) {
+      ptx::mbarrier_wait(shared_.full[ring_.index], ring_.phase);
+#pragma unroll
+      for (int i = 0; i < 4 * Config::kPartBlocks; ++i) {
+        ptx::ldmatrix_x4(q_[4 * Config::kPartBlocks * part + i],
+                         matrix_address(shared_.kv[ring_.index][i / 4], i % 4 * 2));
+      }
+      let_go(shared_.empty[ring_.index]);
+    }
+    ptx::mbarrier_wait(shared_.full_q, n % 2);
+  }
+
+  __device__ void begin() {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      bases_[i] = -kAttentionInf;
+      sums_[i] = weights_[i] = 0.0f;
+    }
+  }
+
+  // The next block's; a group a part, and RoPE.
+  __device__ void issue_qk() {
+    const ptx::WgmmaDescriptor<128> q(shared_.q[0]), k(shared_.kv[0][0]);
+#pragma unroll
+    for (int part = 0; part < Config::kParts; ++part, ring_.next()) {
+      ptx::mbarrier_wait(shared_.full[ring_.index], ring_.phase);
+      if (part == 0) tokens_ = shared_.loaded[ring_.index];
+      ptx::wgmma_fence();
+      const ptx::WgmmaDescriptor<128> keys =
+          k + ring_.index * (Config::kPartBlocks * Config::kBlockBytes);
+#pragma unroll
+      for (int i = 0; i < 4 * Config::kPartBlocks; ++i) {
+        const int dims = part * Config::kPartBlocks + i / 4, step = i % 4;
+        const ptx::WgmmaDescriptor<128> b = keys + (i / 4 * Config::kBlockBytes + step * 32);
+        if (dims < Config::kHeldBlocks) {
+          ptx::wgmma_16_bit<Element>(scores_, q_[4 * dims + step], b,
+                                     dims + step > 0);
+        } else {
+          ptx::wgmma_16_bit<Element>(
+              scores_, q + ((dims - Config::kHeldBlocks) * Config::kBlockBytes + step * 32), b,
+              true);
+        }
+      }
+      ptx::wgmma_commit();
+    }
+    if constexpr (Config::kRope > 0) {
+      const ptx::WgmmaDescriptor<128> rope =
+          ptx::WgmmaDescriptor<128>(shared_.rope[0]) + rope_ring_.index * Config::kBlockBytes;
+      ptx::mbarrier_wait(shared_.full_rope[rope_ring_.index], rope_ring_.phase);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        ptx::wgmma_16_bit<Element>(scores_,
+                                   q + (Config::kRopeBlock * Config::kBlockBytes + step * 32),
+                                   rope + step * 32, true);
+      }
+      ptx::wgmma_commit();
+    }
+  }
+
+  // When they are nearly done the output's products of the block before may begin.
+  __device__ void finish_qk(bool is_first) {
+    ptx::wgmma_wait<1>();
+    if (!is_first) let_p_be_used();
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_result(scores_);
+    if constexpr (Config::kRope > 0) {
+      let_go(shared_.empty_rope[rope_ring_.index]);
+      rope_ring_.next();
+    }
+  }
+
+  // Of two rows.
+  __device__ static void quad_max(float (&x)[2]) {
+#pragma unroll
+    for (int lanes = 1; lanes < 4; lanes *= 2) {
+      const float other[2] = {__shfl_xor_sync(~0u, x[0], lanes), __shfl_xor_sync(~0u, x[1], lanes)};
+      x[0] = fmaxf(x[0], other[0]);
+      x[1] = fmaxf(x[1], other[1]);
+    }
+  }
+  __device__ static float quad_sum(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+  }
+
+  // Scores -> P. Bases move where a score is far above.
+  __device__ void softmax() {
+    const float& scale = args_.scale_log2;
+    if (tokens_ < Config::kTokens) {
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        const int token = i / 4 * 8 + lane_ % 4 * 2 + i % 2;
+        if (token >= tokens_) scores_[i] = -kAttentionInf;
+      }
+    }
+    float largest[2] = {fmaxf(scores_[0], scores_[1]), fmaxf(scores_[2], scores_[3])};
+#pragma unroll
+    for (int j = 1; j < 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        largest[i] = fmaxf(largest[i], fmaxf(scores_[4 * j + 2 * i], scores_[4 * j + 2 * i + 1]));
+      }
+    }
+    quad_max(largest);
+    bool above = false;
+    float factors[2], shift[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      largest[i] *= scale;
+      const bool moves = largest[i] - bases_[i] > kSlack;  // also the first one of all
+      factors[i] = moves ? ptx::exp2_approx(bases_[i] - largest[i]) : 1.0f;
+      if (moves) bases_[i] = largest[i];
+      above |= moves;
+      shift[i] = bases_[i] == -kAttentionInf ? 0.0f : bases_[i];
+      sums_[i] *= factors[i];
+      weights_[i] *= factors[i];
+    }
+    const bool moved = __any_sync(~0u, above);
+
+    ptx::mbarrier_wait(shared_.empty_p[p_ring_.index], p_ring_.phase ^ 1);
+    if (lane_ % 4 == 0) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) shared_.factors[p_ring_.index][row(i)] = factors[i];
+    }
+    if (lane_ == 0) {
+      shared_.moved[p_ring_.index][warp_] = moved;
+      shared_.tokens[p_ring_.index] = tokens_;
+    }
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      std::uint32_t p[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float* scores = scores_ + 8 * step + 2 * k;
+        const float p0 = ptx::exp2_approx(fmaf(scores[0], scale, -shift[k % 2]));
+        const float p1 = ptx::exp2_approx(fmaf(scores[1], scale, -shift[k % 2]));
+        sums_[k % 2] += p0 + p1;
+        p[k] = pack<Element>(p0, p1);
+        const float2 rounded = unpack<Element>(p[k]);
+        weights_[k % 2] += rounded.x + rounded.y;
+      }
+      ptx::stmatrix_x4(matrix_address(shared_.p[p_ring_.index], 2 * step), p);
+    }
+    ptx::fence_async_shared();
+  }
+  __device__ void let_p_be_used() {
+    let_go(shared_.full_p[p_ring_.index]);
+    p_ring_.next();
+  }
+
+  __device__ void finish(const AttentionPlace& at, unsigned n) {
+    float sums[2], weights[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      sums[i] = quad_sum(sums_[i]);
+      weights[i] = quad_sum(weights_[i]);
+    }
+    if (lane_ % 4 < 2) {
+      const bool second = lane_ % 2 != 0;
+      const auto mine = [&](const float (&x)[2]) { return second ? x[1] : x[0]; };
+      const int head = row(second ? 1 : 0);
+      const HeadResult result(mine(sums), mine(weights), mine(bases_), mine(bases_));
+      shared_.out_factor[n % 2][head] =
+          head < at.heads ? store_head(args_, at, head, result) : 0.0f;
+    }
+  }
+
+  SharedStorage& shared_;
+  const AttentionArgs& args_;
+  const int warp_, lane_;
+  DenseFwdRing<Config::kPlaces> ring_;
+  DenseFwdRing<Config::kRopePlaces> rope_ring_;
+  DenseFwdRing<2> p_ring_;
+  std::int32_t tokens_;  // of the block whose scores these are
+  float bases_[2];
+  float sums_[2];     // of 2^(score - base), of this thread's scores
+  float weights_[2];  // the same, rounded as P is
+  float scores_[32];
+  std::uint32_t q_[4 * Config::kHeldBlocks][4];
+};
+
+}  // namespace dsa::cuda::sm90a

@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+// The dense kernel's output: two warpgroups, each of which multiplies P with half of the values'
+// dims.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/common/attention_place.cuh"
+#include "cuda/common/pair.cuh"
+#include "cuda/ptx/ldst.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/named_barrier.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/sm90a/dense_fwd_config.h"
+
+namespace dsa::cuda::sm90a {
+
+template <typename Config>
+class DenseFwdValues {
+ public:
+  using SharedStorage = typename Config::SharedStorage;
+  using Element = typename Config::Element;
+
+  __device__ DenseFwdValues(SharedStorage& shared, const AttentionArgs& args, int half, int thread)
+      : shared_(shared), args_(args), half_(half), warp_(thread / 32 % 4), lane_(thread % 32) {}
+
+  __device__ void run(const LatentFwdGrid& grid) {
+    const typename Config::Turns turns(grid);
+    for (unsigned n = 0; turns.has(n); ++n) {
+      ptx::mbarrier_wait(shared_.full_task[n % 2], n / 2 % 2);
+#pragma unroll
+      for (int i = 0; i < Config::kHalf / 2; ++i) output(i) = 0.0f;
+      ring_.next(Config::kHeldParts);  // q's
+      for (int left = shared_.tasks[n % 2].blocks; left > 0; --left) {
+        ptx::mbarrier_wait(shared_.full_p[p_ring_.index], p_ring_.phase);
+        if (shared_.moved[p_ring_.index][warp_]) rescale(shared_.factors[p_ring_.index]);
+        if (shared_.tokens[p_ring_.index] < Config::kTokens) clear(shared_.tokens[p_ring_.index]);
+        multiply();
+        if (left > 1) let_go(shared_.empty_p[p_ring_.index]);
+        if (left > 1) p_ring_.next();
+      }
+      finish(shared_.out_factor[n % 2]);
+      const AttentionPlace& at = shared_.tasks[n % 2].place;
+      if (args_.num_splits > 1) {
+        store(args_.partial_out + at.partial * Config::kDimV, at.heads);
+      } else {
+        store(args_.out + at.b * args_.out_stride_b + at.j * args_.out_stride_j +
+                  at.first_head * args_.out_stride_h,
+              args_.out_stride_h, at.heads);
+      }
+      let_go(shared_.empty_task[n % 2]);
+      let_go(shared_.empty_p[p_ring_.index]);
+      p_ring_.next();
+    }
+  }
+
+ private:
+  __device__ int row(int i) const { return 16 * warp_ + lane_ / 4 + 8 * i; }
+
+  __device__ void rescale(const float (&by)[Config::kHeads]) {
+    const float factors[2] = {by[row(0)], by[row(1)]};
+#pragma unroll
+    for (int i = 0; i < Config::kHalf / 2; ++i) output(i) *= factors[i / 2 % 2];
+  }
+
+  // Of this half: rows that P is 0 for, but that may be anything.
+  __device__ void clear(int tokens) const {
+    DenseFwdRing<Config::kPlaces> ring = ring_;
+    ring.next(half_ * Config::kHalfParts);
+    for (int part = 0; part < Config::kHalfParts; ++part, ring.next()) {
+      for (int i = 32 * warp_ + lane_; i < Config::kPartBlocks * Config::kBlockBytes / 16;
+           i += 128) {
+        if (i / 8 % Config::kTokens >= tokens) {
+          reinterpret_cast<uint4*>(shared_.kv[ring.index])[i] = uint4{};
+        }
+      }
+    }
+    ptx::fence_async_shared();
+    if (half_ == 0) {
+      ptx::named_sync<DenseFwdBarrier::kFirstHalf, 128>();
+    } else {
+      ptx::named_sync<DenseFwdBarrier::kSecondHalf, 128>();
+    }
+  }
+
+  // P with a block's values.
+  __device__ void multiply() {
+    const ptx::WgmmaRowsDescriptor values(shared_.kv[0], Config::kBlockBytes);
+    const ptx::WgmmaDescriptor<128> p =
+        ptx::WgmmaDescriptor<128>(shared_.p[0]) + p_ring_.index * Config::kBlockBytes;
+    ring_.next(half_ * Config::kHalfParts);
+    std::uint32_t places[Config::kHalfParts];
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int part = 0; part < Config::kHalfParts; ++part, ring_.next()) {
+      places[part] = ring_.index;
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        ptx::wgmma_rows<Element>(
+            out_[part], p + step * 32,
+            values + (ring_.index * (Config::kPartBlocks * Config::kBlockBytes) + step * 16 * 128));
+      }
+      ptx::wgmma_commit();
+    }
+    ring_.next((1 - half_) * Config::kHalfParts);
+    ptx::wgmma_wait<1>();
+    let_go(shared_.empty[places[0]]);
+    ptx::wgmma_wait<0>();
+    for (auto& part : out_) ptx::wgmma_result(part);
+    let_go(shared_.empty[places[1]]);
+  }
+  __device__ void let_go(ptx::Mbarrier& empty) {
+    __syncwarp();
+    if (lane_ == 0) ptx::mbarrier_arrive(empty);
+  }
+
+  __device__ void finish(const float (&by)[Config::kHeads]) {
+    const float factors[2] = {by[row(0)], by[row(1)]};
+    if (factors[0] < 0.0f || factors[1] < 0.0f) {  // whatever was summed
+#pragma unroll
+      for (int i = 0; i < Config::kHalf / 2; ++i) {
+        if (factors[i / 2 % 2] < 0.0f) output(i) = 0.0f;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Config::kHalf / 2; ++i) output(i) *= factors[i / 2 % 2];
+  }
+
+  // The output of `heads` heads in fp32, head h's at out + h * 512.
+  __device__ void store(float* out, int heads) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (row(i) >= heads) continue;
+      float* to = out + row(i) * Config::kDimV + half_ * Config::kHalf + lane_ % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < Config::kHalf / 8; ++j) {
+        *reinterpret_cast<float2*>(to + 8 * j) = {output(4 * j + 2 * i), output(4 * j + 2 * i + 1)};
+      }
+    }
+  }
+
+  // The same in 16 bits, head h's at out + h * stride, on 16 bytes: 32 columns at a time by way of
+  // shared memory, where a warp's 16 rows are its own.
+  __device__ void store(std::uint16_t* out, std::int64_t stride, int heads) const {
+    constexpr int kColumns = 32, kRowBytes = 2 * kColumns;
+    ptx::named_sync<DenseFwdBarrier::kBoth, Config::kValueThreads>();  // P has been multiplied
+    std::uint8_t* staged = shared_.p[p_ring_.index] + (4 * half_ + warp_) * 16 * kRowBytes;
+    const auto address = [&](int r, int chunk) {
+      return staged + r * kRowBytes + (chunk ^ r / 2 % 4) * 16;
+    };
+    const uint4* from[2];
+    std::uint16_t* to[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      from[i] = reinterpret_cast<const uint4*>(address(row(i) % 16, lane_ % 4));
+      to[i] = out + row(i) * stride + half_ * Config::kHalf + lane_ % 4 * 8;
+    }
+#pragma unroll
+    for (int first = 0; first < Config::kHalf; first += kColumns) {
+#pragma unroll
+      for (int chunk = 0; chunk < 4; chunk += 2) {
+        std::uint32_t words[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const int i = first / 2 + 4 * chunk + 2 * k;
+          words[k] = pack<Element>(output(i), output(i + 1));
+        }
+        ptx::stmatrix_x4(ptx::shared_address(address(lane_ % 16, chunk + lane_ / 16)), words);
+      }
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint4 words = *from[i];
+        if (row(i) < heads) *reinterpret_cast<uint4*>(to[i] + first) = words;
+      }
+      __syncwarp();
+    }
+  }
+
+  // Of this thread: column 8 (i / 4) + 2 (lane % 4) + i % 2 of the warpgroup's half, row(i / 2 %
+  // 2).
+  __device__ float& output(int i) { return out_[i / kPartSums][i % kPartSums]; }
+  __device__ float output(int i) const { return out_[i / kPartSums][i % kPartSums]; }
+  static constexpr int kPartSums = Config::kPartDims / 2;
+
+  SharedStorage& shared_;
+  const AttentionArgs& args_;
+  const int half_, warp_, lane_;
+  DenseFwdRing<Config::kPlaces> ring_;
+  DenseFwdRing<2> p_ring_;
+  float out_[Config::kHalfParts][kPartSums];
+};
+
+}  // namespace dsa::cuda::sm90a
