@@ -211,12 +211,13 @@ DSA_KERNELS(KvCacheFwdParams,
                 DSA_SM90A("sm90a_dense_kvcache_fwd", kSm90a, kDenseDecodeSm90a,
                           cuda::sm90a_dense_kvcache_fwd_takes, cuda::sm90a_dense_kvcache_fwd,
                           cuda::sm90a_dense_kvcache_fwd_workspace_bytes)
-                DSA_SM90A("sm90a_latent_kvcache_fwd", kSm90a, kLatentDecodeSm90a,
-                          cuda::sm90a_latent_kvcache_fwd_takes, cuda::sm90a_latent_kvcache_fwd,
-                          cuda::sm90a_latent_kvcache_fwd_workspace_bytes)
-                    DSA_CUDA("portable_kvcache_fwd", kSm80, kDecodeCuda, cuda::kvcache_fwd_takes,
-                             cuda::kvcache_fwd, cuda::kvcache_fwd_workspace_bytes){
-                        "cpu_kvcache_fwd", kCpu, kDecodeCpu, kvcache_dims, cpu::kvcache_fwd})
+                    DSA_SM90A("sm90a_latent_kvcache_fwd", kSm90a, kLatentDecodeSm90a,
+                              cuda::sm90a_latent_kvcache_fwd_takes, cuda::sm90a_latent_kvcache_fwd,
+                              cuda::sm90a_latent_kvcache_fwd_workspace_bytes)
+                        DSA_CUDA("portable_kvcache_fwd", kSm80, kDecodeCuda,
+                                 cuda::kvcache_fwd_takes, cuda::kvcache_fwd,
+                                 cuda::kvcache_fwd_workspace_bytes){
+                            "cpu_kvcache_fwd", kCpu, kDecodeCpu, kvcache_dims, cpu::kvcache_fwd})
 
 DSA_KERNELS(MergeAttnStatesParams,
             DSA_CUDA("portable_merge_attn_states", kSm80, "any", any, cuda::merge_attn_states){

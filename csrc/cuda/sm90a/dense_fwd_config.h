@@ -43,6 +43,7 @@ struct DenseFwdConfig {
   static constexpr int kScoreThreads = 128, kValueThreads = 256;
   static constexpr int kThreads = kScoreThreads + kValueThreads + 128;  // one warp copies
   static constexpr int kScoreRegisters = 168, kValueRegisters = 160, kProducerRegisters = 24;
+  static_assert(kScoreRegisters + 2 * kValueRegisters + kProducerRegisters <= 512);
 
   struct SharedStorage {
     alignas(1024) std::uint8_t kv[kPlaces][kPartBlocks][kBlockBytes];  // [tokens, 64 dims]

@@ -1,5 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
 // Dense decode over 16-bit latents on Hopper, of pages that are whole blocks of 64 tokens.
+//
+// Tile       a query token's 64 heads by one block after another: scores S = Q K^T [64, 64]; out
+//            [64, 512] += P V. Operands are 16-bit. 384 dims of q are in registers, as the first
+//            operand; all else is in shared memory.
+// Warpgroups 0: the scores and the softmax. 1 and 2: the first and second 256 dims of the output.
+//            3: the producer, one thread that finds what there is to do and has the copy engine
+//            load q and, part by part, blocks.
+// Overlap    The tensor cores have a block's scores, then the output's products of the block
+//            before, while the scores' softmax is on its way. A CTA has work after work.
+// Softmax    Its base moves only where a score is 2^8 above it; the output's sums follow.
+// Registers  168, of which 96 are q and 32 the scores; 160, 128 the output's sums; producer 24. The
+//            assembler keeps 24 from wgmma's operands: 128 sums take 154, so that 160 and 168 is
+//            all there is.
+// Shared     11 places of 16 KiB for parts, 128 dims of a block; one of 8 KiB for RoPE; q's other
+// 192
+//            dims 24 KiB; P 2 x 8 KiB. q's 384 dims come through three of the places.
+// Rows       behind the last token and of pages that are not there are whatever they are: their
+//            scores are masked, and their values cleared in shared memory.
+//
+// Barriers   full, empty: of each place. full_q, empty_q: q in shared memory. full_p, empty_p: of
+//            each P, full when the next scores' products are nearly done. full_task, empty_task: of
+//            a work and the next. bar.sync 1, 2: the output's warpgroups, rows are cleared; 3:
+//            both, P is no longer read.
+// Grid       as many CTAs as SMs; they take query tokens, blocks of heads and splits in turns.
 #pragma once
 
 #include <cuda.h>

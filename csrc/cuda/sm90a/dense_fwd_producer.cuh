@@ -104,18 +104,18 @@ class DenseFwdProducer {
     };
 #pragma unroll 1
     for (int part = 0; part < Config::kParts; ++part, ring_.next()) {
+      if (Config::kRope > 0 && part == Config::kParts - 1) {  // its place is free before this one
+        ptx::mbarrier_wait(shared_.empty_rope[rope_ring_.index], rope_ring_.phase ^ 1);
+        load(&shared_.rope[rope_ring_.index], 1, shared_.full_rope[rope_ring_.index],
+             Config::kDimBlocks);
+        rope_ring_.next();
+      }
       ptx::Mbarrier& full = next_place();
       if (part == 0) {
         shared_.loaded[ring_.index] =
             is_there ? max(min(task.keys.size() - first, Config::kTokens), 0) : 0;
       }
       load(shared_.kv[ring_.index], Config::kPartBlocks, full, part * Config::kPartBlocks);
-    }
-    if constexpr (Config::kRope > 0) {
-      ptx::mbarrier_wait(shared_.empty_rope[rope_ring_.index], rope_ring_.phase ^ 1);
-      load(&shared_.rope[rope_ring_.index], 1, shared_.full_rope[rope_ring_.index],
-           Config::kDimBlocks);
-      rope_ring_.next();
     }
   }
 

@@ -39,6 +39,7 @@ class DenseFwdScores {
       }
       let_go(shared_.empty_q);
       finish(shared_.tasks[n % 2].place, n);
+      ptx::fence_async_shared();
       let_p_be_used();
     }
   }
@@ -96,8 +97,7 @@ class DenseFwdScores {
         const int dims = part * Config::kPartBlocks + i / 4, step = i % 4;
         const ptx::WgmmaDescriptor<128> b = keys + (i / 4 * Config::kBlockBytes + step * 32);
         if (dims < Config::kHeldBlocks) {
-          ptx::wgmma_16_bit<Element>(scores_, q_[4 * dims + step], b,
-                                     dims + step > 0);
+          ptx::wgmma_16_bit<Element>(scores_, q_[4 * dims + step], b, dims + step > 0);
         } else {
           ptx::wgmma_16_bit<Element>(
               scores_, q + ((dims - Config::kHeldBlocks) * Config::kBlockBytes + step * 32), b,
@@ -105,6 +105,7 @@ class DenseFwdScores {
         }
       }
       ptx::wgmma_commit();
+      if (part == 0) ptx::fence_async_shared();  // for P, which has been stored before
     }
     if constexpr (Config::kRope > 0) {
       const ptx::WgmmaDescriptor<128> rope =
@@ -205,7 +206,6 @@ class DenseFwdScores {
       }
       ptx::stmatrix_x4(matrix_address(shared_.p[p_ring_.index], 2 * step), p);
     }
-    ptx::fence_async_shared();
   }
   __device__ void let_p_be_used() {
     let_go(shared_.full_p[p_ring_.index]);

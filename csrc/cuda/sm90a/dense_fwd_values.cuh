@@ -6,12 +6,12 @@
 #include <cstdint>
 
 #include "cuda/common/attention_place.cuh"
-#include "cuda/common/pair.cuh"
 #include "cuda/ptx/ldst.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/named_barrier.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90a/dense_fwd_config.h"
+#include "cuda/sm90a/latent_fwd_output.cuh"
 
 namespace dsa::cuda::sm90a {
 
@@ -41,12 +41,14 @@ class DenseFwdValues {
       }
       finish(shared_.out_factor[n % 2]);
       const AttentionPlace& at = shared_.tasks[n % 2].place;
+      const auto sum = [&](int i) { return output(i); };
       if (args_.num_splits > 1) {
-        store(args_.partial_out + at.partial * Config::kDimV, at.heads);
+        stored().store(args_.partial_out + at.partial * Config::kDimV, at.heads, sum);
       } else {
-        store(args_.out + at.b * args_.out_stride_b + at.j * args_.out_stride_j +
-                  at.first_head * args_.out_stride_h,
-              args_.out_stride_h, at.heads);
+        ptx::named_sync<DenseFwdBarrier::kBoth, Config::kValueThreads>();  // P is no longer read
+        stored().store(args_.out + at.b * args_.out_stride_b + at.j * args_.out_stride_j +
+                           at.first_head * args_.out_stride_h,
+                       args_.out_stride_h, at.heads, shared_.p[p_ring_.index], sum);
       }
       let_go(shared_.empty_task[n % 2]);
       let_go(shared_.empty_p[p_ring_.index]);
@@ -55,7 +57,8 @@ class DenseFwdValues {
   }
 
  private:
-  __device__ int row(int i) const { return 16 * warp_ + lane_ / 4 + 8 * i; }
+  __device__ LatentFwdOutput<Config> stored() const { return {half_, warp_, lane_}; }
+  __device__ int row(int i) const { return stored().row(i); }
 
   __device__ void rescale(const float (&by)[Config::kHeads]) {
     const float factors[2] = {by[row(0)], by[row(1)]};
@@ -126,59 +129,7 @@ class DenseFwdValues {
     for (int i = 0; i < Config::kHalf / 2; ++i) output(i) *= factors[i / 2 % 2];
   }
 
-  // The output of `heads` heads in fp32, head h's at out + h * 512.
-  __device__ void store(float* out, int heads) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (row(i) >= heads) continue;
-      float* to = out + row(i) * Config::kDimV + half_ * Config::kHalf + lane_ % 4 * 2;
-#pragma unroll
-      for (int j = 0; j < Config::kHalf / 8; ++j) {
-        *reinterpret_cast<float2*>(to + 8 * j) = {output(4 * j + 2 * i), output(4 * j + 2 * i + 1)};
-      }
-    }
-  }
-
-  // The same in 16 bits, head h's at out + h * stride, on 16 bytes: 32 columns at a time by way of
-  // shared memory, where a warp's 16 rows are its own.
-  __device__ void store(std::uint16_t* out, std::int64_t stride, int heads) const {
-    constexpr int kColumns = 32, kRowBytes = 2 * kColumns;
-    ptx::named_sync<DenseFwdBarrier::kBoth, Config::kValueThreads>();  // P has been multiplied
-    std::uint8_t* staged = shared_.p[p_ring_.index] + (4 * half_ + warp_) * 16 * kRowBytes;
-    const auto address = [&](int r, int chunk) {
-      return staged + r * kRowBytes + (chunk ^ r / 2 % 4) * 16;
-    };
-    const uint4* from[2];
-    std::uint16_t* to[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      from[i] = reinterpret_cast<const uint4*>(address(row(i) % 16, lane_ % 4));
-      to[i] = out + row(i) * stride + half_ * Config::kHalf + lane_ % 4 * 8;
-    }
-#pragma unroll
-    for (int first = 0; first < Config::kHalf; first += kColumns) {
-#pragma unroll
-      for (int chunk = 0; chunk < 4; chunk += 2) {
-        std::uint32_t words[4];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const int i = first / 2 + 4 * chunk + 2 * k;
-          words[k] = pack<Element>(output(i), output(i + 1));
-        }
-        ptx::stmatrix_x4(ptx::shared_address(address(lane_ % 16, chunk + lane_ / 16)), words);
-      }
-      __syncwarp();
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint4 words = *from[i];
-        if (row(i) < heads) *reinterpret_cast<uint4*>(to[i] + first) = words;
-      }
-      __syncwarp();
-    }
-  }
-
-  // Of this thread: column 8 (i / 4) + 2 (lane % 4) + i % 2 of the warpgroup's half, row(i / 2 %
-  // 2).
+  // As LatentFwdOutput has them.
   __device__ float& output(int i) { return out_[i / kPartSums][i % kPartSums]; }
   __device__ float output(int i) const { return out_[i / kPartSums][i % kPartSums]; }
   static constexpr int kPartSums = Config::kPartDims / 2;

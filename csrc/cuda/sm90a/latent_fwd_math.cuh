@@ -13,6 +13,7 @@
 #include "cuda/ptx/named_barrier.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90a/latent_fwd_config.h"
+#include "cuda/sm90a/latent_fwd_output.cuh"
 
 namespace dsa::cuda::sm90a {
 
@@ -114,54 +115,12 @@ class LatentFwdMath {
     for (int i = 0; i < Config::kHalf / 2; ++i) output(i) *= factors_[i / 2 % 2];
   }
 
-  // The output of `heads` heads in fp32, head h's at out + h * 512.
+  // The output of `heads` heads, in fp32 and in 16 bits.
   __device__ void store(float* out, int heads) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (row(i) >= heads) continue;
-      float* to = out + row(i) * Config::kDimV + kOwn * Config::kHalf + lane_ % 4 * 2;
-#pragma unroll
-      for (int j = 0; j < Config::kHalf / 8; ++j) {
-        *reinterpret_cast<float2*>(to + 8 * j) = {output(4 * j + 2 * i), output(4 * j + 2 * i + 1)};
-      }
-    }
+    stored().store(out, heads, [&](int i) { return output(i); });
   }
-
-  // The same in 16 bits, head h's at out + h * stride, on 16 bytes: 32 columns at a time by way of
-  // shared memory, where a warp's 16 rows are its own.
   __device__ void store(std::uint16_t* out, std::int64_t stride, int heads) const {
-    constexpr int kColumns = 32, kRowBytes = 2 * kColumns;
-    std::uint8_t* staged = shared_.p[0] + (4 * kOwn + warp_) * 16 * kRowBytes;
-    const auto address = [&](int r, int chunk) {
-      return staged + r * kRowBytes + (chunk ^ r / 2 % 4) * 16;
-    };
-    const uint4* from[2];
-    std::uint16_t* to[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      from[i] = reinterpret_cast<const uint4*>(address(row(i) % 16, lane_ % 4));
-      to[i] = out + row(i) * stride + kOwn * Config::kHalf + lane_ % 4 * 8;
-    }
-#pragma unroll
-    for (int first = 0; first < Config::kHalf; first += kColumns) {
-#pragma unroll
-      for (int chunk = 0; chunk < 4; chunk += 2) {
-        std::uint32_t words[4];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const int i = first / 2 + 4 * chunk + 2 * k;
-          words[k] = pack<Element>(output(i), output(i + 1));
-        }
-        ptx::stmatrix_x4(ptx::shared_address(address(lane_ % 16, chunk + lane_ / 16)), words);
-      }
-      __syncwarp();
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint4 words = *from[i];
-        if (row(i) < heads) *reinterpret_cast<uint4*>(to[i] + first) = words;
-      }
-      __syncwarp();
-    }
+    stored().store(out, stride, heads, shared_.p[0], [&](int i) { return output(i); });
   }
 
   // After the last store of a work.
@@ -189,8 +148,8 @@ class LatentFwdMath {
     for (int i = 0; i < Config::kHalf / 2; ++i) output(i) = 0.0f;
   }
 
-  // This thread's two rows: heads.
-  __device__ int row(int i) const { return 16 * warp_ + lane_ / 4 + 8 * i; }
+  __device__ LatentFwdOutput<Config> stored() const { return {kOwn, warp_, lane_}; }
+  __device__ int row(int i) const { return stored().row(i); }
 
   __device__ static float quad_sum(float x) {
     x += __shfl_xor_sync(~0u, x, 1);
@@ -418,8 +377,7 @@ class LatentFwdMath {
     }
   }
 
-  // Of this thread: column 8 (i / 4) + 2 (lane % 4) + i % 2 of the warpgroup's half, row(i / 2 %
-  // 2).
+  // As LatentFwdOutput has them.
   __device__ float& output(int i) { return out_[i / kPartSums][i % kPartSums]; }
   __device__ float output(int i) const { return out_[i / kPartSums][i % kPartSums]; }
   static constexpr int kPartSums = Config::kPartDims / 2;
