@@ -696,23 +696,6 @@ def test_dense_decode_with_missing_pages(name, h_q, page_size):
 
 
 @pytest.mark.usefixtures("attention_kernel")
-@pytest.mark.parametrize("h_q", [16, 64, 100])
-@pytest.mark.parametrize("page_size", [48, 64, 128])
-def test_dense_decode_heeds_nothing_behind_the_last_token(h_q, page_size):
-    """All that no request has is NaN, also what stands in its last page."""
-    lens = (700, 129, 64, 1)
-    case = dense_case("bf16", DEVICE, lens=lens, page_size=page_size)
-    case["q"] = torch.randn(4, 1, h_q, 576, device=DEVICE).to(BF16)
-    cache, table = case["k_cache"], case["block_table"].long()
-    used = torch.zeros(cache.shape[:2], dtype=torch.bool, device=DEVICE)
-    for request, length in enumerate(lens):
-        tokens = torch.arange(length, device=DEVICE)
-        used[table[request, tokens // page_size], tokens % page_size] = True
-    cache[~used] = float("nan")
-    check_gentle(case)
-
-
-@pytest.mark.usefixtures("attention_kernel")
 @pytest.mark.parametrize("h_q", [8, 16, 32, 64])
 @pytest.mark.parametrize("page_size", [64, 128])
 def test_dense_decode_without_rope(h_q, page_size):

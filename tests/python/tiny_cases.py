@@ -457,7 +457,7 @@ def prefill_over_cache(s: Sizes, name: str) -> Case:
 
 def dense_decode(s: Sizes, name: str) -> Case:
     case, cache, pages = _decode(s, FORMATS[name])
-    batch, P, page_size = case.kwargs["q"].shape[0], s(3), s.of(s.small(4, 1), 16)
+    batch, P, page_size = case.kwargs["q"].shape[0], s(3), s.of(s.small(4, 1), 16, 64)
     case.refill |= {
         "block_table": lambda: s.ints((batch, P), pages),
         "cache_seqlens": lambda: s.ints((batch,), P * page_size),
