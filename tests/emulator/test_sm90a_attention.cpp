@@ -128,13 +128,13 @@ TEST(EmulatedAttention, SparseDecodeInClusters) {
 
 TEST(EmulatedAttention, DenseDecode) {
   for (const Format& f : {kV32, kV4, kBf16, kF16}) {
-    for (const std::int64_t heads : {8, 64}) {
+    for (const std::int64_t heads : {8, 64, 70}) {
       for (const std::int64_t page_size : {6, 64}) {  // 64: 16-bit pages are copied as blocks
         SCOPED_TRACE(std::string(f.name) + ", heads " + std::to_string(heads) + ", pages of " +
                      std::to_string(page_size));
         Arena arena(3);
         const std::int64_t pages = 600 / page_size;
-        KvCacheFwdParams p = decode(arena, f, {3, 1, heads, pages, page_size});
+        KvCacheFwdParams p = decode(arena, f, {3, heads == 70 ? 2 : 1, heads, pages, page_size});
         p.block_table = arena.hostile({3, pages}, static_cast<std::int32_t>(pages) - 1, 5);
         p.cache_seqlens = arena.ints({3}, 1, static_cast<std::int32_t>(pages * page_size));
         p.causal = true;
@@ -145,15 +145,17 @@ TEST(EmulatedAttention, DenseDecode) {
 }
 
 // A row's bits are the same alone and beside others, with a block table of any width.
-void expect_batch_invariance(const Format& f, std::int64_t heads) {
-  constexpr std::int64_t kPageSize = 32, kPages = 50, kWidth = 140;
-  SCOPED_TRACE(std::string(f.name) + ", heads " + std::to_string(heads));
+void expect_batch_invariance(const Format& f, std::int64_t heads, std::int64_t page_size) {
+  constexpr std::int64_t kTokens = 1500, kMostTokens = 4480;
+  const std::int64_t pages = 1600 / page_size, most_pages = kMostTokens / page_size;
+  SCOPED_TRACE(std::string(f.name) + ", heads " + std::to_string(heads) + ", pages of " +
+               std::to_string(page_size));
   Arena arena(9);
-  KvCacheFwdParams p = decode(arena, f, {2, 1, heads, kPages, kPageSize});
+  KvCacheFwdParams p = decode(arena, f, {2, 1, heads, pages, page_size});
   p.attn_sink = arena.floats(kF32, {heads}, -2.0f, 2.0f);
-  p.block_table = arena.ints({2, kWidth}, 0, kPages - 1);
-  p.cache_seqlens = arena.ints({2}, 1500, 1500);
-  p.cache_seqlens.ptr<std::int32_t>()[1] = kWidth * kPageSize;
+  p.block_table = arena.ints({2, most_pages}, 0, static_cast<std::int32_t>(pages) - 1);
+  p.cache_seqlens = arena.ints({2}, kTokens, kTokens);
+  p.cache_seqlens.ptr<std::int32_t>()[1] = kMostTokens;
   p.batch_invariant = true;
   expect_like_cpu(arena, p, 3);
   const auto run = [&](KvCacheFwdParams call) {
@@ -162,7 +164,7 @@ void expect_batch_invariance(const Format& f, std::int64_t heads) {
     expect_ok(kernel_of(call).run(call));
   };
   run(p);
-  for (const std::int64_t width : {47, 100}) {
+  for (const std::int64_t width : {kTokens / page_size + 1, 2 * pages}) {
     KvCacheFwdParams alone = p;
     for (TensorView KvCacheFwdParams::* member :
          {&KvCacheFwdParams::q, &KvCacheFwdParams::block_table, &KvCacheFwdParams::cache_seqlens,
@@ -179,9 +181,10 @@ void expect_batch_invariance(const Format& f, std::int64_t heads) {
 }
 
 TEST(EmulatedAttention, BatchInvariance) {
-  expect_batch_invariance(kV32, 16);
-  expect_batch_invariance(kBf16, 16);
-  expect_batch_invariance(kBf16, 64);
+  expect_batch_invariance(kV32, 16, 32);
+  expect_batch_invariance(kBf16, 16, 32);
+  expect_batch_invariance(kBf16, 64, 32);
+  expect_batch_invariance(kBf16, 64, 64);
 }
 
 // ---- prefill ------------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 // Tiles, warpgroups and shared memory of dense attention over 16-bit latents on Hopper.
 #pragma once
 
-#include <cuda.h>
-
 #include <cstdint>
 
 #include "cuda/ptx/mbarrier.cuh"
@@ -41,7 +39,7 @@ struct DenseFwdConfig {
   static constexpr int kRopeBlock = kDimBlocks - kHeldBlocks;
 
   static constexpr int kScoreThreads = 128, kValueThreads = 256;
-  static constexpr int kThreads = kScoreThreads + kValueThreads + 128;  // one warp copies
+  static constexpr int kThreads = kScoreThreads + kValueThreads + 128;  // of the last one copies
   static constexpr int kScoreRegisters = 168, kValueRegisters = 160, kProducerRegisters = 24;
   static_assert(kScoreRegisters + 2 * kValueRegisters + kProducerRegisters <= 512);
 

@@ -14,15 +14,15 @@
 //            assembler keeps 24 from wgmma's operands: 128 sums take 154, so that 160 and 168 is
 //            all there is.
 // Shared     11 places of 16 KiB for parts, 128 dims of a block; one of 8 KiB for RoPE; q's other
-// 192
-//            dims 24 KiB; P 2 x 8 KiB. q's 384 dims come through three of the places.
+//            192 dims 24 KiB; P 2 x 8 KiB. q's 384 dims come through three of the places.
 // Rows       behind the last token and of pages that are not there are whatever they are: their
 //            scores are masked, and their values cleared in shared memory.
 //
 // Barriers   full, empty: of each place. full_q, empty_q: q in shared memory. full_p, empty_p: of
-//            each P, full when the next scores' products are nearly done. full_task, empty_task: of
-//            a work and the next. bar.sync 1, 2: the output's warpgroups, rows are cleared; 3:
-//            both, P is no longer read.
+//            each P, full when the next scores' products are nearly done; the last of a work with
+//            the output's factors, let go when the output is stored. full_task, empty_task: of a
+//            work and the next. bar.sync 1, 2: the output's warpgroups, rows are cleared; 3: both,
+//            P is no longer read.
 // Grid       as many CTAs as SMs; they take query tokens, blocks of heads and splits in turns.
 #pragma once
 

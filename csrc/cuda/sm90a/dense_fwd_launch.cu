@@ -34,6 +34,8 @@ Status make_page_map(const TensorView& cache, CUtensorMap& map) {
 template <typename Config>
 Status launch_rows(const AttentionArgs& args, const CUtensorMap& q_map, const CUtensorMap& pages,
                    std::int64_t rows, const Launch& where) {
+  static_assert(Config::kHeads == kHeads && Config::kTokens == kBlockTokens);
+  static_assert(Config::kDimV == kDimV);
   const std::int64_t tiles = rows * ceil_div(args.num_heads, Config::kHeads);
   const std::int64_t works = tiles * args.num_splits;
   const std::int64_t num_sms = std::max(device_limits(where.device).num_sms, 1);
@@ -56,6 +58,7 @@ auto with_config(const TensorView& q, Use&& use) {
                   : use(sm90a::DenseFwdConfig<__nv_bfloat16, 0>{});
 }
 
+// In tiles of two blocks, which take half of the time of what a CTA has beside.
 SplitPlan plan_of(const KvCacheFwdParams& p) {
   return plan_splits(p, {kHeads, 2 * kBlockTokens, 1});
 }

@@ -5,7 +5,6 @@
 
 #include <cuda.h>
 
-#include <algorithm>
 #include <cstdint>
 
 #include "cuda/common/attention_args.h"

@@ -131,7 +131,6 @@ class DenseFwdValues {
 
   // As LatentFwdOutput has them.
   __device__ float& output(int i) { return out_[i / kPartSums][i % kPartSums]; }
-  __device__ float output(int i) const { return out_[i / kPartSums][i % kPartSums]; }
   static constexpr int kPartSums = Config::kPartDims / 2;
 
   SharedStorage& shared_;

@@ -9,7 +9,7 @@
 
 namespace dsa::cuda::sm90a {
 
-// A thread's part: sums[i] is of head row(i / 2 % 2) and column 8 (i / 4) + 2 (lane % 4) + i % 2 of
+// A thread's part: sum(i) is of head row(i / 2 % 2) and column 8 (i / 4) + 2 (lane % 4) + i % 2 of
 // the half.
 template <typename Config>
 class LatentFwdOutput {
