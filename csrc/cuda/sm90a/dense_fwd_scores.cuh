@@ -13,6 +13,7 @@
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90a/dense_fwd_config.h"
+#include "cuda/sm90a/latent_fwd_softmax.cuh"
 
 namespace dsa::cuda::sm90a {
 
@@ -45,8 +46,6 @@ class DenseFwdScores {
   }
 
  private:
-  static constexpr float kSlack = 8.0f;  // as in LatentFwdMath
-
   __device__ int row(int i) const { return 16 * warp_ + lane_ / 4 + 8 * i; }
 
   __device__ void let_go(ptx::Mbarrier& empty) {
@@ -134,20 +133,6 @@ class DenseFwdScores {
     }
   }
 
-  // Of two rows.
-  __device__ static void quad_max(float (&x)[2]) {
-#pragma unroll
-    for (int lanes = 1; lanes < 4; lanes *= 2) {
-      const float other[2] = {__shfl_xor_sync(~0u, x[0], lanes), __shfl_xor_sync(~0u, x[1], lanes)};
-      x[0] = fmaxf(x[0], other[0]);
-      x[1] = fmaxf(x[1], other[1]);
-    }
-  }
-  __device__ static float quad_sum(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-  }
-
   // Scores -> P. Bases move where a score is far above.
   __device__ void softmax() {
     const float& scale = args_.scale_log2;
@@ -158,21 +143,14 @@ class DenseFwdScores {
         if (token >= tokens_) scores_[i] = -kAttentionInf;
       }
     }
-    float largest[2] = {fmaxf(scores_[0], scores_[1]), fmaxf(scores_[2], scores_[3])};
-#pragma unroll
-    for (int j = 1; j < 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        largest[i] = fmaxf(largest[i], fmaxf(scores_[4 * j + 2 * i], scores_[4 * j + 2 * i + 1]));
-      }
-    }
-    quad_max(largest);
+    float largest[2];
+    row_maxima(scores_, largest);
     bool above = false;
     float factors[2], shift[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       largest[i] *= scale;
-      const bool moves = largest[i] - bases_[i] > kSlack;  // also the first one of all
+      const bool moves = largest[i] - bases_[i] > kLatentSlack;  // also the first one of all
       factors[i] = moves ? ptx::exp2_approx(bases_[i] - largest[i]) : 1.0f;
       if (moves) bases_[i] = largest[i];
       above |= moves;

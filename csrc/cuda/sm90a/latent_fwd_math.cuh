@@ -14,6 +14,7 @@
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90a/latent_fwd_config.h"
 #include "cuda/sm90a/latent_fwd_output.cuh"
+#include "cuda/sm90a/latent_fwd_softmax.cuh"
 
 namespace dsa::cuda::sm90a {
 
@@ -133,8 +134,6 @@ class LatentFwdMath {
   // Parts of the second block that are there before the first one's P: RoPE, and what this
   // warpgroup alone lets go of.
   static constexpr int kEarlyParts = (Config::kRope > 0 ? 1 : 0) + Config::kHalfParts;
-  // Scores may be above their base by this much, in powers of two.
-  static constexpr float kSlack = 8.0f;
 
   __device__ void begin() {
 #pragma unroll
@@ -150,20 +149,6 @@ class LatentFwdMath {
 
   __device__ LatentFwdOutput<Config> stored() const { return {kOwn, warp_, lane_}; }
   __device__ int row(int i) const { return stored().row(i); }
-
-  __device__ static float quad_sum(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-  }
-  // Of two rows.
-  __device__ static void quad_max(float (&x)[2]) {
-#pragma unroll
-    for (int lanes = 1; lanes < 4; lanes *= 2) {
-      const float other[2] = {__shfl_xor_sync(~0u, x[0], lanes), __shfl_xor_sync(~0u, x[1], lanes)};
-      x[0] = fmaxf(x[0], other[0]);
-      x[1] = fmaxf(x[1], other[1]);
-    }
-  }
 
   // Of this lane, for stmatrix: 16 rows of the warp, columns 8 j to 8 j + 15, of 128-byte rows.
   __device__ std::uint32_t matrix_address(const std::uint8_t* block, int j) const {
@@ -268,22 +253,15 @@ class LatentFwdMath {
         if (shared_.valid[kOwn][token] == 0) scores_[i] = -kAttentionInf;
       }
     }
-    float largest[2] = {fmaxf(scores_[0], scores_[1]), fmaxf(scores_[2], scores_[3])};
-#pragma unroll
-    for (int j = 1; j < 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        largest[i] = fmaxf(largest[i], fmaxf(scores_[4 * j + 2 * i], scores_[4 * j + 2 * i + 1]));
-      }
-    }
-    quad_max(largest);
+    float largest[2];
+    row_maxima(scores_, largest);
     bool above = false;
     float shift[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       largest[i] *= scale_log2_;
       maxima_[i] = fmaxf(maxima_[i], largest[i]);
-      const bool moves = largest[i] - bases_[i] > kSlack;  // also the first one of all
+      const bool moves = largest[i] - bases_[i] > kLatentSlack;  // also the first one of all
       factors_[i] = moves ? ptx::exp2_approx(bases_[i] - largest[i]) : 1.0f;
       if (moves) bases_[i] = largest[i];
       above |= moves;
