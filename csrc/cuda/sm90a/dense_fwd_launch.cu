@@ -6,8 +6,8 @@
 #include "cuda/common/attention_splits.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/make_attention_args.h"
+#include "cuda/common/page_map.h"
 #include "cuda/common/query_map.h"
-#include "cuda/common/tensor_map.h"
 #include "cuda/cuda_kernels.h"
 #include "cuda/sm90a/dense_fwd_kernel.cuh"
 
@@ -16,20 +16,6 @@ namespace dsa::cuda {
 namespace {
 
 constexpr int kHeads = 64, kBlockTokens = 64, kDimV = 512, kRope = 64;
-
-// Bytes from page to page, of one page any.
-std::int64_t page_stride(const TensorView& cache) {
-  return 2 * (cache.size(0) > 1 ? cache.stride(0) : cache.size(3));
-}
-
-Status make_page_map(const TensorView& cache, CUtensorMap& map) {
-  return make_tensor_map({cache.data,
-                          3,
-                          {2 * cache.size(3), cache.size(1), cache.size(0)},
-                          {2 * cache.stride(1), page_stride(cache)},
-                          {128, kBlockTokens, 1}},
-                         map);
-}
 
 template <typename Config>
 Status launch_rows(const AttentionArgs& args, const CUtensorMap& q_map, const CUtensorMap& pages,
@@ -78,9 +64,7 @@ Support sm90a_dense_kvcache_fwd_takes(const KvCacheFwdParams& p) {
   if (!(args.scale_log2 > 0.0f)) return {"a scale above 0"};
   if (!query_map_takes(q)) return {"q on 16 bytes"};
   if (!args.out_aligned) return {"out on 16 bytes"};
-  if (cache.size(0) == 0 || cache.size(1) % kBlockTokens != 0 ||
-      !tensor_map_takes(cache.data, 2 * cache.stride(1)) ||
-      !tensor_map_takes(cache.data, page_stride(cache))) {
+  if (!page_map_takes(cache, kBlockTokens)) {
     return {"pages of a multiple of 64 tokens, on 16 bytes"};
   }
   return attention_sizes(q.size(0) * q.size(1), q.size(2), keys_of(p), kHeads);
@@ -94,7 +78,7 @@ Status sm90a_dense_kvcache_fwd(const KvCacheFwdParams& p) {
   if (p.q.size(0) == 0 || p.q.size(1) == 0) return {};
   CUtensorMap q_map, pages;
   if (Status status = make_query_map(p.q, kHeads, q_map); !status.ok()) return status;
-  if (Status status = make_page_map(p.k_cache, pages); !status.ok()) return status;
+  if (Status status = make_page_map(p.k_cache, kBlockTokens, pages); !status.ok()) return status;
   return with_config(p.q, [&](auto config) {
     return run_splits(p, plan_of(p),
                       [&](const AttentionArgs& args, std::int64_t rows, const Launch& where) {

@@ -6,7 +6,7 @@
 #include "cuda/common/attention_splits.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/make_attention_args.h"
-#include "cuda/common/tensor_map.h"
+#include "cuda/common/page_map.h"
 #include "cuda/cuda_kernels.h"
 #include "cuda/sm90a/latent_fwd_kernel.cuh"
 
@@ -28,22 +28,6 @@ Status launch_rows(const AttentionArgs& args, const sm90a::LatentFwdPages& pages
       "sm90a_latent_fwd_kernel", where, dim3(grid), Config::kThreads,
       sizeof(typename Config::SharedStorage), args, pages,
       sm90a::LatentFwdGrid{static_cast<unsigned>(tiles), static_cast<unsigned>(works)});
-}
-
-// Whether a dense cache's pages are whole blocks that the copy engine takes.
-bool make_page_map(const TensorView& cache, CUtensorMap& map) {
-  const LatentRows rows = paged_rows(cache);
-  const std::int64_t page_stride = cache.size(0) > 1 ? rows.page_stride : 2 * cache.size(3);
-  return cache.size(0) > 0 && cache.size(1) % kBlockTokens == 0 &&
-         tensor_map_takes(cache.data, rows.token_stride) &&
-         tensor_map_takes(cache.data, page_stride) &&
-         make_tensor_map({cache.data,
-                          3,
-                          {2 * cache.size(3), cache.size(1), cache.size(0)},
-                          {rows.token_stride, page_stride},
-                          {128, kBlockTokens, 1}},
-                         map)
-             .ok();
 }
 
 // Up to so many heads are the product's columns. Decode has few query tokens, mostly, and with 32
@@ -130,7 +114,8 @@ std::int64_t sm90a_latent_kvcache_fwd_workspace_bytes(const KvCacheFwdParams& p)
 Status sm90a_latent_kvcache_fwd(const KvCacheFwdParams& p) {
   if (p.q.size(0) == 0 || p.q.size(1) == 0) return {};
   sm90a::LatentFwdPages pages{};
-  pages.are_blocks = !p.indices.defined() && make_page_map(p.k_cache, pages.map);
+  pages.are_blocks = !p.indices.defined() && page_map_takes(p.k_cache, kBlockTokens) &&
+                     make_page_map(p.k_cache, kBlockTokens, pages.map).ok();
   return with_config<kFewOfDecode>(p.q, [&](auto config) {
     return run_splits(p, plan_of<decltype(config)>(p),
                       [&](const AttentionArgs& args, std::int64_t rows, const Launch& where) {
