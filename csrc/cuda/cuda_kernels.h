@@ -44,11 +44,6 @@ Support sm90a_latent_kvcache_fwd_takes(const KvCacheFwdParams& params);
 Status sm90a_latent_kvcache_fwd(const KvCacheFwdParams& params);
 std::int64_t sm90a_latent_kvcache_fwd_workspace_bytes(const KvCacheFwdParams& params);
 
-// cuda/sm90a/dense_fwd_launch.cu
-Support sm90a_dense_kvcache_fwd_takes(const KvCacheFwdParams& params);
-Status sm90a_dense_kvcache_fwd(const KvCacheFwdParams& params);
-std::int64_t sm90a_dense_kvcache_fwd_workspace_bytes(const KvCacheFwdParams& params);
-
 // cuda/portable/mqa_topk_launch.cu: logits of a chunk of rows into the workspace, then topk_select.
 Support mqa_topk_takes(const MqaTopkParams& params);
 Status mqa_topk(const MqaTopkParams& params);

@@ -111,9 +111,6 @@ constexpr const char* kIndexSm90a = "SM90; H 1..128, D 32, 64 or 128; q and k on
 constexpr const char* kPagedIndexSm90a =
     "SM90; H 1..128, D 128; pages of 8 keys or a multiple; q and pages on 16 bytes";
 constexpr const char* kDecodeSm90a = "SM90; dense and sparse; 8-bit caches on 16 bytes; bf16 q";
-constexpr const char* kDenseDecodeSm90a =
-    "SM90; dense; over 16 heads; 16-bit caches of pages of a multiple of 64 tokens, on 16 bytes; "
-    "d_v 512 of d_qk 512 or 576";
 constexpr const char* kLatentDecodeSm90a =
     "SM90; dense and sparse; 16-bit caches on 16 bytes; d_v 512 of d_qk 512 or 576";
 constexpr const char* kPrefillSm90a = "SM90; 16-bit rows on 16 bytes; d_v 512 of d_qk 512 or 576";
@@ -208,16 +205,12 @@ DSA_KERNELS(SparseFwdParams,
 DSA_KERNELS(KvCacheFwdParams,
             DSA_SM90A("sm90a_kvcache_fwd", kSm90a, kDecodeSm90a, cuda::sm90a_kvcache_fwd_takes,
                       cuda::sm90a_kvcache_fwd, cuda::sm90a_kvcache_fwd_workspace_bytes)
-                DSA_SM90A("sm90a_dense_kvcache_fwd", kSm90a, kDenseDecodeSm90a,
-                          cuda::sm90a_dense_kvcache_fwd_takes, cuda::sm90a_dense_kvcache_fwd,
-                          cuda::sm90a_dense_kvcache_fwd_workspace_bytes)
-                    DSA_SM90A("sm90a_latent_kvcache_fwd", kSm90a, kLatentDecodeSm90a,
-                              cuda::sm90a_latent_kvcache_fwd_takes, cuda::sm90a_latent_kvcache_fwd,
-                              cuda::sm90a_latent_kvcache_fwd_workspace_bytes)
-                        DSA_CUDA("portable_kvcache_fwd", kSm80, kDecodeCuda,
-                                 cuda::kvcache_fwd_takes, cuda::kvcache_fwd,
-                                 cuda::kvcache_fwd_workspace_bytes){
-                            "cpu_kvcache_fwd", kCpu, kDecodeCpu, kvcache_dims, cpu::kvcache_fwd})
+                DSA_SM90A("sm90a_latent_kvcache_fwd", kSm90a, kLatentDecodeSm90a,
+                          cuda::sm90a_latent_kvcache_fwd_takes, cuda::sm90a_latent_kvcache_fwd,
+                          cuda::sm90a_latent_kvcache_fwd_workspace_bytes)
+                    DSA_CUDA("portable_kvcache_fwd", kSm80, kDecodeCuda, cuda::kvcache_fwd_takes,
+                             cuda::kvcache_fwd, cuda::kvcache_fwd_workspace_bytes){
+                        "cpu_kvcache_fwd", kCpu, kDecodeCpu, kvcache_dims, cpu::kvcache_fwd})
 
 DSA_KERNELS(MergeAttnStatesParams,
             DSA_CUDA("portable_merge_attn_states", kSm80, "any", any, cuda::merge_attn_states){

@@ -55,10 +55,6 @@ struct DecodeKernel {
 };
 DecodeKernel kernel_of(const KvCacheFwdParams& p) {
   using namespace cuda;
-  if (sm90a_dense_kvcache_fwd_takes(p).ok()) {
-    return {sm90a_dense_kvcache_fwd_takes, sm90a_dense_kvcache_fwd_workspace_bytes,
-            sm90a_dense_kvcache_fwd};
-  }
   return p.is_fp8_kvcache
              ? DecodeKernel{sm90a_kvcache_fwd_takes, sm90a_kvcache_fwd_workspace_bytes,
                             sm90a_kvcache_fwd}

@@ -7,55 +7,78 @@
 #include "cuda/common/launch.h"
 #include "cuda/common/make_attention_args.h"
 #include "cuda/common/page_map.h"
+#include "cuda/common/query_map.h"
 #include "cuda/cuda_kernels.h"
+#include "cuda/sm90a/latent_few_kernel.cuh"
 #include "cuda/sm90a/latent_fwd_kernel.cuh"
 
 namespace dsa::cuda {
 
 namespace {
 
-constexpr int kMostHeads = 64, kFewestHeads = 8, kBlockTokens = 64, kDimV = 512, kRope = 64;
+using sm90a::LatentSource;
 
-template <typename Config>
-Status launch_rows(const AttentionArgs& args, const sm90a::LatentFwdPages& pages, std::int64_t rows,
-                   const Launch& where) {
-  static_assert(Config::kTokens == kBlockTokens);
-  const std::int64_t tiles = rows * ceil_div(args.num_heads, Config::kHeads);
-  const std::int64_t works = tiles * args.num_splits;
-  const std::int64_t num_sms = std::max(device_limits(where.device).num_sms, 1);
-  const auto grid = static_cast<unsigned>(std::min(works, num_sms));
-  return launch<sm90a::sm90a_latent_fwd_kernel<Config>>(
-      "sm90a_latent_fwd_kernel", where, dim3(grid), Config::kThreads,
-      sizeof(typename Config::SharedStorage), args, pages,
-      sm90a::LatentFwdGrid{static_cast<unsigned>(tiles), static_cast<unsigned>(works)});
-}
+constexpr int kHeads = 64, kFewestHeads = 8, kBlockTokens = 64, kDimV = 512, kRope = 64;
 
 // Up to so many heads are the product's columns. Decode has few query tokens, mostly, and with 32
 // heads gains less by two workers an SM than it pays for more splits.
 constexpr int kFewOfPrefill = 32, kFewOfDecode = 16;
 
-// use(Config{}) of the fewest heads that have all in one tile, if they are few, or of 64.
-template <int kFew, typename Element, int kRope, typename Use>
-auto with_heads(std::int64_t heads, Use&& use) {
-  if (heads <= kFewestHeads) return use(sm90a::LatentFwdConfig<Element, kRope, kFewestHeads>{});
-  if (heads <= 16) return use(sm90a::LatentFwdConfig<Element, kRope, 16>{});
-  if constexpr (kFew >= 32) {
-    if (heads <= 32) return use(sm90a::LatentFwdConfig<Element, kRope, 32>{});
-  }
-  return use(sm90a::LatentFwdConfig<Element, kRope, kMostHeads>{});
+// As many CTAs as SMs, of a kernel with that Config.
+template <auto kKernel, typename Config, typename Maps>
+Status launch_rows(const char* name, const AttentionArgs& args, const Maps& maps, std::int64_t rows,
+                   const Launch& where) {
+  static_assert(Config::kTokens == kBlockTokens && Config::kDimV == kDimV);
+  const std::int64_t tiles = rows * ceil_div(args.num_heads, Config::kHeads);
+  const std::int64_t works = tiles * args.num_splits;
+  const std::int64_t num_sms = std::max(device_limits(where.device).num_sms, 1);
+  const auto grid = static_cast<unsigned>(std::min(works, num_sms));
+  return launch<kKernel>(
+      name, where, dim3(grid), Config::kThreads, sizeof(typename Config::SharedStorage), args, maps,
+      sm90a::LatentFwdGrid{static_cast<unsigned>(tiles), static_cast<unsigned>(works)});
 }
 
-// Also of q's dtype and dimension.
-template <int kFew, typename Use>
-auto with_config(const TensorView& q, Use&& use) {
-  const std::int64_t heads = q.size(-2);
+template <typename Config>
+Status launch_few(const AttentionArgs& args, const sm90a::LatentFewPages& pages, std::int64_t rows,
+                  const Launch& where) {
+  return launch_rows<sm90a::sm90a_latent_few_fwd_kernel<Config>, Config>(
+      "sm90a_latent_few_fwd_kernel", args, pages, rows, where);
+}
+
+template <typename Config>
+Status launch_many(const AttentionArgs& args, const sm90a::LatentFwdMaps& maps, std::int64_t rows,
+                   const Launch& where) {
+  static_assert(Config::kHeads == kHeads);
+  return launch_rows<sm90a::sm90a_latent_fwd_kernel<Config>, Config>("sm90a_latent_fwd_kernel",
+                                                                     args, maps, rows, where);
+}
+
+template <typename Element, int kRope>
+struct Latents {
+  template <int kHeads>
+  using Few = sm90a::LatentFewConfig<Element, kRope, kHeads>;
+  template <LatentSource kSource>
+  using Many = sm90a::LatentFwdConfig<Element, kRope, kSource>;
+};
+
+// use(Latents{}) of q's dtype and dimension.
+template <typename Use>
+auto with_latents(const TensorView& q, Use&& use) {
   const bool has_rope = q.size(-1) == kDimV + kRope;
   if (q.dtype == DType::kFloat16) {
-    return has_rope ? with_heads<kFew, __half, kRope>(heads, use)
-                    : with_heads<kFew, __half, 0>(heads, use);
+    return has_rope ? use(Latents<__half, kRope>{}) : use(Latents<__half, 0>{});
   }
-  return has_rope ? with_heads<kFew, __nv_bfloat16, kRope>(heads, use)
-                  : with_heads<kFew, __nv_bfloat16, 0>(heads, use);
+  return has_rope ? use(Latents<__nv_bfloat16, kRope>{}) : use(Latents<__nv_bfloat16, 0>{});
+}
+
+// use(Config{}) of the fewest heads that have all of up to kFew in one tile.
+template <int kFew, typename Latents, typename Use>
+auto with_few(std::int64_t heads, Use&& use) {
+  if (heads <= kFewestHeads) return use(typename Latents::template Few<kFewestHeads>{});
+  if constexpr (kFew > 16) {
+    if (heads > 16) return use(typename Latents::template Few<32>{});
+  }
+  return use(typename Latents::template Few<16>{});
 }
 
 // keys: of a row, at most.
@@ -75,13 +98,6 @@ Support takes(const Params& p, std::int64_t d_v, std::int64_t rows, std::int64_t
   return attention_sizes(rows, q.size(-2), keys, kFewestHeads);
 }
 
-// A work's tile is a block for each of its producers.
-template <typename Config>
-SplitPlan plan_of(const KvCacheFwdParams& p) {
-  constexpr int kWorkers = Config::kWorkers;
-  return plan_splits(p, {Config::kHeads, 2 / kWorkers * kBlockTokens, kWorkers});
-}
-
 }  // namespace
 
 // ---- flash_mla_sparse_fwd -----------------------------------------------------------------------
@@ -92,14 +108,38 @@ Support sm90a_sparse_fwd_takes(const SparseFwdParams& p) {
 }
 
 Status sm90a_sparse_fwd(const SparseFwdParams& p) {
-  if (p.q.size(0) == 0) return {};
+  const std::int64_t rows = p.q.size(0), heads = p.q.size(1);
+  if (rows == 0) return {};
   const AttentionArgs args = make_attention_args(p);
-  return with_config<kFewOfPrefill>(p.q, [&](auto config) {
-    return launch_rows<decltype(config)>(args, {}, p.q.size(0), p.launch);
+  return with_latents(p.q, [&](auto latents) {
+    using Latents = decltype(latents);
+    if (heads > kFewOfPrefill) {
+      return launch_many<typename Latents::template Many<LatentSource::kRows>>(args, {}, rows,
+                                                                               p.launch);
+    }
+    return with_few<kFewOfPrefill, Latents>(
+        heads, [&](auto config) { return launch_few<decltype(config)>(args, {}, rows, p.launch); });
   });
 }
 
 // ---- flash_mla_with_kvcache ---------------------------------------------------------------------
+
+namespace {
+
+// A tile of few heads is a block for each of two workers; of 64 it is two blocks, which take half
+// of the time of what a CTA has beside.
+SplitPlan plan_of(const KvCacheFwdParams& p) {
+  const std::int64_t heads = p.q.size(2);
+  if (heads > kFewOfDecode) return plan_splits(p, {kHeads, 2 * kBlockTokens, 1});
+  return plan_splits(p, {heads > kFewestHeads ? 16 : kFewestHeads, kBlockTokens, 2});
+}
+
+// Dense, of pages that the copy engine takes.
+bool are_pages_blocks(const KvCacheFwdParams& p) {
+  return !p.indices.defined() && page_map_takes(p.k_cache, kBlockTokens);
+}
+
+}  // namespace
 
 Support sm90a_latent_kvcache_fwd_takes(const KvCacheFwdParams& p) {
   if (p.is_fp8_kvcache) return {"a 16-bit cache"};
@@ -107,20 +147,37 @@ Support sm90a_latent_kvcache_fwd_takes(const KvCacheFwdParams& p) {
 }
 
 std::int64_t sm90a_latent_kvcache_fwd_workspace_bytes(const KvCacheFwdParams& p) {
-  return with_config<kFewOfDecode>(
-      p.q, [&](auto config) { return plan_of<decltype(config)>(p).workspace_bytes(p); });
+  return plan_of(p).workspace_bytes(p);
 }
 
 Status sm90a_latent_kvcache_fwd(const KvCacheFwdParams& p) {
   if (p.q.size(0) == 0 || p.q.size(1) == 0) return {};
-  sm90a::LatentFwdPages pages{};
-  pages.are_blocks = !p.indices.defined() && page_map_takes(p.k_cache, kBlockTokens) &&
-                     make_page_map(p.k_cache, kBlockTokens, pages.map).ok();
-  return with_config<kFewOfDecode>(p.q, [&](auto config) {
-    return run_splits(p, plan_of<decltype(config)>(p),
-                      [&](const AttentionArgs& args, std::int64_t rows, const Launch& where) {
-                        return launch_rows<decltype(config)>(args, pages, rows, where);
-                      });
+  const bool are_few = p.q.size(2) <= kFewOfDecode;
+  const bool are_blocks = are_pages_blocks(p) && (are_few || query_map_takes(p.q));
+  sm90a::LatentFwdMaps maps{};
+  if (are_blocks) {
+    const Status status = make_page_map(p.k_cache, kBlockTokens, maps.pages);
+    if (!status.ok()) return status;
+  }
+  if (are_blocks && !are_few) {
+    if (Status status = make_query_map(p.q, kHeads, maps.q); !status.ok()) return status;
+  }
+  return with_latents(p.q, [&](auto latents) {
+    using Latents = decltype(latents);
+    return run_splits(
+        p, plan_of(p), [&](const AttentionArgs& args, std::int64_t rows, const Launch& where) {
+          if (are_few) {
+            return with_few<kFewOfDecode, Latents>(p.q.size(2), [&](auto config) {
+              return launch_few<decltype(config)>(args, {maps.pages, are_blocks}, rows, where);
+            });
+          }
+          if (are_blocks) {
+            return launch_many<typename Latents::template Many<LatentSource::kPages>>(args, maps,
+                                                                                      rows, where);
+          }
+          return launch_many<typename Latents::template Many<LatentSource::kRows>>(args, maps, rows,
+                                                                                   where);
+        });
   });
 }
 

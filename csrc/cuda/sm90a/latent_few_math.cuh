@@ -12,23 +12,23 @@
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/named_barrier.cuh"
 #include "cuda/ptx/wgmma.cuh"
-#include "cuda/sm90a/latent_fwd_config.h"
+#include "cuda/sm90a/latent_few_config.h"
 
 namespace dsa::cuda::sm90a {
 
 // S^T [64 tokens, heads] = K Q^T; out^T [512, heads] += V^T P^T. A thread has a quarter of the
 // heads, of each two tokens and 16 dims. kOwn: the worker, and its place.
 template <typename Config, int kOwn>
-class LatentFwdFew {
+class LatentFewMath {
  public:
   using SharedStorage = typename Config::SharedStorage;
   using Element = typename Config::Element;
 
-  __device__ LatentFwdFew(SharedStorage& shared, const float& scale_log2, int thread)
+  __device__ LatentFewMath(SharedStorage& shared, const float& scale_log2, int thread)
       : shared_(shared), scale_log2_(scale_log2), warp_(thread / 32 % 4), lane_(thread % 32) {}
 
   // The n-th work, up to finish().
-  __device__ void run(std::uint32_t n, bool) {
+  __device__ void run(std::uint32_t n) {
     begin();
     ptx::mbarrier_wait(shared_.full_q[kOwn], n % 2);
     int left = shared_.blocks[kOwn];
@@ -45,7 +45,7 @@ class LatentFwdFew {
   template <typename Use>
   __device__ void finish(Use&& use) {
     sync();  // P is read
-    auto& heads = *reinterpret_cast<typename Config::FewHeads*>(shared_.p[kOwn]);
+    auto& heads = *reinterpret_cast<typename Config::Heads*>(shared_.p[kOwn]);
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
       const float sum = over_tokens(sums_[i], plus), weight = over_tokens(weights_[i], plus);
@@ -124,8 +124,6 @@ class LatentFwdFew {
     }
   }
 
-  __device__ void end(bool) const {}
-
  private:
   static constexpr int kSums = Config::kHeads / 2;  // of a thread and 64 tokens, or dims
   static constexpr int kMine = Config::kHeads / 4;  // heads of a thread
@@ -133,7 +131,7 @@ class LatentFwdFew {
   // Scores may be above their base by this much, in powers of two.
   static constexpr float kSlack = 8.0f;
 
-  static constexpr int kBarrier = LatentFwdBarrier::kWorker + kOwn;
+  static constexpr int kBarrier = LatentFewBarrier::kMath + kOwn;
   __device__ static void sync() { ptx::named_sync<kBarrier, 128>(); }
 
   __device__ void begin() {
@@ -177,7 +175,7 @@ class LatentFwdFew {
     const ptx::WgmmaDescriptor<128> q(shared_.q[kOwn][0]), k(shared_.kv[kOwn][0]);
 #pragma unroll
     for (int n = 0; n < Config::kParts; ++n) {
-      const int part = Config::part_at(kOwn, n);
+      const int part = Config::part_at(n);
       ptx::mbarrier_wait(shared_.full[kOwn][part], phase_);
       ptx::fence_async_shared();  // what cp.async wrote, for wgmma
       ptx::wgmma_fence();
@@ -267,7 +265,7 @@ class LatentFwdFew {
 
   // Bases become the block's largest scores where these are far above.
   __device__ void move_bases() {
-    auto& heads = *reinterpret_cast<typename Config::FewHeads*>(shared_.p[kOwn]);
+    auto& heads = *reinterpret_cast<typename Config::Heads*>(shared_.p[kOwn]);
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
       const float largest = over_tokens(fmaxf(score(i, 0), score(i, 1)), fmaxf);
@@ -305,7 +303,7 @@ class LatentFwdFew {
     ptx::wgmma_fence();
 #pragma unroll
     for (int n = kFirst; n < Config::kParts; ++n) {
-      const int block = Config::first_dim_block(Config::part_at(kOwn, n));
+      const int block = Config::first_dim_block(Config::part_at(n));
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
 #pragma unroll
@@ -319,14 +317,14 @@ class LatentFwdFew {
     }
     static_assert(Config::kValueParts == 4);
     ptx::wgmma_wait<3>();
-    let_go(Config::part_at(kOwn, kFirst));
+    let_go(Config::part_at(kFirst));
     ptx::wgmma_wait<2>();
-    let_go(Config::part_at(kOwn, kFirst + 1));
+    let_go(Config::part_at(kFirst + 1));
     ptx::wgmma_wait<1>();
-    let_go(Config::part_at(kOwn, kFirst + 2));
+    let_go(Config::part_at(kFirst + 2));
     ptx::wgmma_wait<0>();
     for (auto& tile : out_) ptx::wgmma_result(tile);
-    let_go(Config::part_at(kOwn, kFirst + 3));
+    let_go(Config::part_at(kFirst + 3));
   }
 
   SharedStorage& shared_;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The dense kernel's scores: one warpgroup, which keeps the queries in registers, multiplies them
+// The scores of 64 heads: one warpgroup, which keeps the queries in registers, multiplies them
 // with block after block and makes P of the scores.
 #pragma once
 
@@ -12,18 +12,18 @@
 #include "cuda/ptx/ldst.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/wgmma.cuh"
-#include "cuda/sm90a/dense_fwd_config.h"
+#include "cuda/sm90a/latent_fwd_config.h"
 #include "cuda/sm90a/latent_fwd_softmax.cuh"
 
 namespace dsa::cuda::sm90a {
 
 template <typename Config>
-class DenseFwdScores {
+class LatentFwdScores {
  public:
   using SharedStorage = typename Config::SharedStorage;
   using Element = typename Config::Element;
 
-  __device__ DenseFwdScores(SharedStorage& shared, const AttentionArgs& args, int thread)
+  __device__ LatentFwdScores(SharedStorage& shared, const AttentionArgs& args, int thread)
       : shared_(shared), args_(args), warp_(thread / 32 % 4), lane_(thread % 32) {}
 
   __device__ void run(const LatentFwdGrid& grid) {
@@ -36,9 +36,9 @@ class DenseFwdScores {
       for (bool is_first = true; left > 0; --left, is_first = false) {
         issue_qk();
         finish_qk(is_first);
+        if (left == 1) let_go(shared_.empty_q);
         softmax();
       }
-      let_go(shared_.empty_q);
       finish(shared_.tasks[n % 2].place, n);
       ptx::fence_async_shared();
       let_p_be_used();
@@ -51,6 +51,11 @@ class DenseFwdScores {
   __device__ void let_go(ptx::Mbarrier& empty) {
     __syncwarp();
     if (lane_ == 0) ptx::mbarrier_arrive(empty);
+  }
+
+  // What cp.async has written, for wgmma.
+  __device__ static void see_copies() {
+    if constexpr (Config::kByRows) ptx::fence_async_shared();
   }
 
   // Of this lane, for ldmatrix: 16 rows of the warp, columns 8 j to 8 j + 15, of 128-byte rows.
@@ -71,12 +76,13 @@ class DenseFwdScores {
       let_go(shared_.empty[ring_.index]);
     }
     ptx::mbarrier_wait(shared_.full_q, n % 2);
+    see_copies();
   }
 
   __device__ void begin() {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      bases_[i] = -kAttentionInf;
+      bases_[i] = maxima_[i] = -kAttentionInf;
       sums_[i] = weights_[i] = 0.0f;
     }
   }
@@ -87,7 +93,16 @@ class DenseFwdScores {
 #pragma unroll
     for (int part = 0; part < Config::kParts; ++part, ring_.next()) {
       ptx::mbarrier_wait(shared_.full[ring_.index], ring_.phase);
-      if (part == 0) tokens_ = shared_.loaded[ring_.index];
+      if (part == 0) {
+        if constexpr (Config::kByRows) {
+          first_place_ = ring_.index;
+          lacks_ = shared_.tokens_of[ring_.index].lacks.any != 0;
+        } else {
+          tokens_ = shared_.tokens_of[ring_.index].count;
+          lacks_ = tokens_ < Config::kTokens;
+        }
+      }
+      see_copies();
       ptx::wgmma_fence();
       const ptx::WgmmaDescriptor<128> keys =
           k + ring_.index * (Config::kPartBlocks * Config::kBlockBytes);
@@ -110,6 +125,7 @@ class DenseFwdScores {
       const ptx::WgmmaDescriptor<128> rope =
           ptx::WgmmaDescriptor<128>(shared_.rope[0]) + rope_ring_.index * Config::kBlockBytes;
       ptx::mbarrier_wait(shared_.full_rope[rope_ring_.index], rope_ring_.phase);
+      see_copies();
       ptx::wgmma_fence();
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
@@ -133,14 +149,23 @@ class DenseFwdScores {
     }
   }
 
+  // Of the block whose scores these are.
+  __device__ bool is_there(int token) const {
+    if constexpr (Config::kByRows) {
+      return shared_.tokens_of[first_place_].valid[token] != 0;
+    } else {
+      return token < tokens_;
+    }
+  }
+
   // Scores -> P. Bases move where a score is far above.
   __device__ void softmax() {
     const float& scale = args_.scale_log2;
-    if (tokens_ < Config::kTokens) {
+    if (lacks_) {
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
         const int token = i / 4 * 8 + lane_ % 4 * 2 + i % 2;
-        if (token >= tokens_) scores_[i] = -kAttentionInf;
+        if (!is_there(token)) scores_[i] = -kAttentionInf;
       }
     }
     float largest[2];
@@ -150,6 +175,7 @@ class DenseFwdScores {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       largest[i] *= scale;
+      maxima_[i] = fmaxf(maxima_[i], largest[i]);
       const bool moves = largest[i] - bases_[i] > kLatentSlack;  // also the first one of all
       factors[i] = moves ? ptx::exp2_approx(bases_[i] - largest[i]) : 1.0f;
       if (moves) bases_[i] = largest[i];
@@ -167,7 +193,7 @@ class DenseFwdScores {
     }
     if (lane_ == 0) {
       shared_.moved[p_ring_.index][warp_] = moved;
-      shared_.tokens[p_ring_.index] = tokens_;
+      if constexpr (!Config::kByRows) shared_.tokens[p_ring_.index] = tokens_;
     }
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
@@ -185,6 +211,7 @@ class DenseFwdScores {
       ptx::stmatrix_x4(matrix_address(shared_.p[p_ring_.index], 2 * step), p);
     }
   }
+
   __device__ void let_p_be_used() {
     let_go(shared_.full_p[p_ring_.index]);
     p_ring_.next();
@@ -201,7 +228,7 @@ class DenseFwdScores {
       const bool second = lane_ % 2 != 0;
       const auto mine = [&](const float (&x)[2]) { return second ? x[1] : x[0]; };
       const int head = row(second ? 1 : 0);
-      const HeadResult result(mine(sums), mine(weights), mine(bases_), mine(bases_));
+      const HeadResult result(mine(sums), mine(weights), mine(bases_), mine(maxima_));
       shared_.out_factor[n % 2][head] =
           head < at.heads ? store_head(args_, at, head, result) : 0.0f;
     }
@@ -210,11 +237,14 @@ class DenseFwdScores {
   SharedStorage& shared_;
   const AttentionArgs& args_;
   const int warp_, lane_;
-  DenseFwdRing<Config::kPlaces> ring_;
-  DenseFwdRing<Config::kRopePlaces> rope_ring_;
-  DenseFwdRing<2> p_ring_;
-  std::int32_t tokens_;  // of the block whose scores these are
-  float bases_[2];
+  LatentFwdRing<Config::kPlaces> ring_;
+  LatentFwdRing<Config::kRopePlaces> rope_ring_;
+  LatentFwdRing<2> p_ring_;
+  // Of the block whose scores these are:
+  bool lacks_;                 // tokens
+  std::int32_t tokens_;        // of a page
+  std::uint32_t first_place_;  // by rows, of its first part
+  float bases_[2], maxima_[2];
   float sums_[2];     // of 2^(score - base), of this thread's scores
   float weights_[2];  // the same, rounded as P is
   float scores_[32];

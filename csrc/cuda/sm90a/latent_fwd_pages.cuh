@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The dense kernel's producer: one thread finds what there is to do, and has the copy engine load
-// queries and pages.
+// The producer of pages: one thread finds what there is to do, and has the copy engine load queries
+// and blocks of tokens.
 #pragma once
 
 #include <cuda.h>
@@ -11,18 +11,23 @@
 #include "cuda/common/attention_place.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
-#include "cuda/sm90a/dense_fwd_config.h"
+#include "cuda/sm90a/latent_fwd_config.h"
 
 namespace dsa::cuda::sm90a {
 
+// Of queries and of pages; by rows there are none.
+struct LatentFwdMaps {
+  CUtensorMap q, pages;
+};
+
 template <typename Config>
-class DenseFwdProducer {
+class LatentFwdPages {
  public:
   using SharedStorage = typename Config::SharedStorage;
 
-  __device__ DenseFwdProducer(SharedStorage& shared, const AttentionArgs& args,
-                              const CUtensorMap& q_map, const CUtensorMap& pages)
-      : shared_(shared), args_(args), q_map_(q_map), pages_(pages) {}
+  __device__ LatentFwdPages(SharedStorage& shared, const AttentionArgs& args,
+                            const LatentFwdMaps& maps)
+      : shared_(shared), args_(args), maps_(maps) {}
 
   __device__ void run(const LatentFwdGrid& grid) {
     const typename Config::Turns turns(grid);
@@ -45,11 +50,8 @@ class DenseFwdProducer {
  private:
   // A split without keys has a block without tokens.
   __device__ void find_task(const LatentFwdWork& work, LatentFwdTask& task) const {
-    task.place = AttentionPlace(args_, Config::kHeads, work.tile, work.split);
-    task.keys.init(args_, task.place.b, task.place.j);
-    const TileShare share(args_, task.keys.size(), Config::kTokens, work.split);
-    task.first_block = share.first;
-    task.blocks = max(share.count, 1);
+    find_latent_task<Config>(args_, work, task);
+    task.blocks = max(task.blocks, 1);
   }
 
   __device__ std::int32_t fetch(const LatentFwdTask& task, int block) const {
@@ -65,7 +67,7 @@ class DenseFwdProducer {
   // q: what will be in registers comes as parts do.
   __device__ void load_q(const AttentionPlace& at, unsigned n) {
     const auto load = [&](std::uint8_t* to, ptx::Mbarrier& full, int dims) {
-      ptx::tma_load(to, q_map_, full, dims * 128, at.first_head, static_cast<std::int32_t>(at.j),
+      ptx::tma_load(to, maps_.q, full, dims * 128, at.first_head, static_cast<std::int32_t>(at.j),
                     static_cast<std::int32_t>(at.b));
     };
 #pragma unroll 1
@@ -98,7 +100,7 @@ class DenseFwdProducer {
       }
       ptx::mbarrier_arrive_expect(full, count * Config::kBlockBytes);
       for (int k = 0; k < count; ++k) {
-        ptx::tma_load(to[k], pages_, full, (dims + k) * 128, token, page);
+        ptx::tma_load(to[k], maps_.pages, full, (dims + k) * 128, token, page);
       }
     };
 #pragma unroll 1
@@ -111,7 +113,7 @@ class DenseFwdProducer {
       }
       ptx::Mbarrier& full = next_place();
       if (part == 0) {
-        shared_.loaded[ring_.index] =
+        shared_.tokens_of[ring_.index].count =
             is_there ? max(min(task.keys.size() - first, Config::kTokens), 0) : 0;
       }
       load(shared_.kv[ring_.index], Config::kPartBlocks, full, part * Config::kPartBlocks);
@@ -120,9 +122,9 @@ class DenseFwdProducer {
 
   SharedStorage& shared_;
   const AttentionArgs& args_;
-  const CUtensorMap &q_map_, &pages_;
-  DenseFwdRing<Config::kPlaces> ring_;
-  DenseFwdRing<Config::kRopePlaces> rope_ring_;
+  const LatentFwdMaps& maps_;
+  LatentFwdRing<Config::kPlaces> ring_;
+  LatentFwdRing<Config::kRopePlaces> rope_ring_;
 };
 
 }  // namespace dsa::cuda::sm90a

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The dense kernel's output: two warpgroups, each of which multiplies P with half of the values'
+// The output of 64 heads: two warpgroups, each of which multiplies P with half of the values'
 // dims.
 #pragma once
 
@@ -10,18 +10,18 @@
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/named_barrier.cuh"
 #include "cuda/ptx/wgmma.cuh"
-#include "cuda/sm90a/dense_fwd_config.h"
+#include "cuda/sm90a/latent_fwd_config.h"
 #include "cuda/sm90a/latent_fwd_output.cuh"
 
 namespace dsa::cuda::sm90a {
 
 template <typename Config>
-class DenseFwdValues {
+class LatentFwdValues {
  public:
   using SharedStorage = typename Config::SharedStorage;
   using Element = typename Config::Element;
 
-  __device__ DenseFwdValues(SharedStorage& shared, const AttentionArgs& args, int half, int thread)
+  __device__ LatentFwdValues(SharedStorage& shared, const AttentionArgs& args, int half, int thread)
       : shared_(shared), args_(args), half_(half), warp_(thread / 32 % 4), lane_(thread % 32) {}
 
   __device__ void run(const LatentFwdGrid& grid) {
@@ -34,7 +34,12 @@ class DenseFwdValues {
       for (int left = shared_.tasks[n % 2].blocks; left > 0; --left) {
         ptx::mbarrier_wait(shared_.full_p[p_ring_.index], p_ring_.phase);
         if (shared_.moved[p_ring_.index][warp_]) rescale(shared_.factors[p_ring_.index]);
-        if (shared_.tokens[p_ring_.index] < Config::kTokens) clear(shared_.tokens[p_ring_.index]);
+        if constexpr (Config::kByRows) {
+          ptx::fence_async_shared();  // what cp.async has written, for wgmma
+        } else {
+          const std::int32_t tokens = shared_.tokens[p_ring_.index];
+          if (tokens < Config::kTokens) clear(tokens);
+        }
         multiply();
         if (left > 1) let_go(shared_.empty_p[p_ring_.index]);
         if (left > 1) p_ring_.next();
@@ -45,7 +50,7 @@ class DenseFwdValues {
       if (args_.num_splits > 1) {
         stored().store(args_.partial_out + at.partial * Config::kDimV, at.heads, sum);
       } else {
-        ptx::named_sync<DenseFwdBarrier::kBoth, Config::kValueThreads>();  // P is no longer read
+        ptx::named_sync<LatentFwdBarrier::kBoth, Config::kValueThreads>();  // P is no longer read
         stored().store(args_.out + at.b * args_.out_stride_b + at.j * args_.out_stride_j +
                            at.first_head * args_.out_stride_h,
                        args_.out_stride_h, at.heads, shared_.p[p_ring_.index], sum);
@@ -68,7 +73,7 @@ class DenseFwdValues {
 
   // Of this half: rows that P is 0 for, but that may be anything.
   __device__ void clear(int tokens) const {
-    DenseFwdRing<Config::kPlaces> ring = ring_;
+    LatentFwdRing<Config::kPlaces> ring = ring_;
     ring.next(half_ * Config::kHalfParts);
     for (int part = 0; part < Config::kHalfParts; ++part, ring.next()) {
       for (int i = 32 * warp_ + lane_; i < Config::kPartBlocks * Config::kBlockBytes / 16;
@@ -80,9 +85,9 @@ class DenseFwdValues {
     }
     ptx::fence_async_shared();
     if (half_ == 0) {
-      ptx::named_sync<DenseFwdBarrier::kFirstHalf, 128>();
+      ptx::named_sync<LatentFwdBarrier::kFirstHalf, 128>();
     } else {
-      ptx::named_sync<DenseFwdBarrier::kSecondHalf, 128>();
+      ptx::named_sync<LatentFwdBarrier::kSecondHalf, 128>();
     }
   }
 
@@ -136,8 +141,8 @@ class DenseFwdValues {
   SharedStorage& shared_;
   const AttentionArgs& args_;
   const int half_, warp_, lane_;
-  DenseFwdRing<Config::kPlaces> ring_;
-  DenseFwdRing<2> p_ring_;
+  LatentFwdRing<Config::kPlaces> ring_;
+  LatentFwdRing<2> p_ring_;
   float out_[Config::kHalfParts][kPartSums];
 };
 
