@@ -95,20 +95,18 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   }
   __syncthreads();
 
-  if (warpgroup < Config::kWorkers) {
+  if (warpgroup == 0) {
     ptx::set_max_registers_up<Config::kMathRegisters>();
-    if (warpgroup == 0) {
-      attend_few<Config, 0>(shared, args, grid, thread);
-    } else {
-      attend_few<Config, 1>(shared, args, grid, thread);
-    }
+    attend_few<Config, 0>(shared, args, grid, thread);
+  } else if (warpgroup == 1) {
+    ptx::set_max_registers_up<Config::kMathRegisters>();
+    attend_few<Config, 1>(shared, args, grid, thread);
+  } else if (warpgroup == 2) {
+    ptx::set_max_registers_down<Config::kProducerRegisters>();
+    LatentFewProducer<Config, 0>(shared, args, pages, thread).run(grid);
   } else {
     ptx::set_max_registers_down<Config::kProducerRegisters>();
-    if (warpgroup == 2) {
-      LatentFewProducer<Config, 0>(shared, args, pages, thread).run(grid);
-    } else {
-      LatentFewProducer<Config, 1>(shared, args, pages, thread).run(grid);
-    }
+    LatentFewProducer<Config, 1>(shared, args, pages, thread).run(grid);
   }
 }
 

@@ -175,7 +175,7 @@ class LatentFwdScores {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       largest[i] *= scale;
-      maxima_[i] = fmaxf(maxima_[i], largest[i]);
+      if constexpr (Config::kByRows) maxima_[i] = fmaxf(maxima_[i], largest[i]);
       const bool moves = largest[i] - bases_[i] > kLatentSlack;  // also the first one of all
       factors[i] = moves ? ptx::exp2_approx(bases_[i] - largest[i]) : 1.0f;
       if (moves) bases_[i] = largest[i];
