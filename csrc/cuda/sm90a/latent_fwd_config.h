@@ -80,6 +80,7 @@ struct LatentFwdConfig {
     ptx::Mbarrier full_rope[kRopePlaces], empty_rope[kRopePlaces];
     ptx::Mbarrier full_q, empty_q;
     ptx::Mbarrier full_p[2], empty_p[2];
+    ptx::Mbarrier full_factor[2];
     ptx::Mbarrier full_task[2], empty_task[2];
     LatentFwdTask tasks[2];  // of a work and the next
   };

@@ -22,10 +22,10 @@
 //            rows behind the last token are whatever they are, and cleared in shared memory.
 //
 // Barriers   full, empty: of each place. full_q, empty_q: q in shared memory. full_p, empty_p: of
-//            each P, full when the next scores' products are nearly done; the last of a work with
-//            the output's factors, let go when the output is stored. full_task, empty_task: of a
-//            work and the next. bar.sync 1, 2: the output's warpgroups, rows are cleared; 3: both,
-//            P is no longer read; 4: the producer by rows, there is a task.
+//            each P, full when the next scores' products are nearly done; the last of a work is
+//            let go when the output is stored. full_factor: of a work's output. full_task,
+//            empty_task: of a work and the next. bar.sync 1, 2: the output's warpgroups, rows are
+//            cleared; 3: both, P is no longer read; 4: the producer by rows, there is a task.
 // Grid       as many CTAs as SMs; they take query tokens, blocks of heads and splits in turns.
 #pragma once
 
@@ -57,6 +57,7 @@ __device__ void initialise_latent_barriers(typename Config::SharedStorage& share
   initialise(shared.full_rope, shared.empty_rope, Config::kFullArrivals, kWarps);
   initialise(shared.full_p, shared.empty_p, kWarps, 2 * kWarps);
   initialise(shared.full_task, shared.empty_task, 1, 2 * kWarps);
+  for (auto& barrier : shared.full_factor) ptx::mbarrier_init(barrier, kWarps);
   ptx::mbarrier_init(shared.full_q, Config::kFullArrivals);
   ptx::mbarrier_init(shared.empty_q, kWarps);
   ptx::mbarrier_fence_init();

@@ -39,9 +39,10 @@ class LatentFwdScores {
         if (left == 1) let_go(shared_.empty_q);
         softmax();
       }
-      finish(shared_.tasks[n % 2].place, n);
       ptx::fence_async_shared();
       let_p_be_used();
+      finish(shared_.tasks[n % 2].place, n);
+      let_go(shared_.full_factor[n % 2]);
     }
   }
 

@@ -44,6 +44,7 @@ class LatentFwdValues {
         if (left > 1) let_go(shared_.empty_p[p_ring_.index]);
         if (left > 1) p_ring_.next();
       }
+      ptx::mbarrier_wait(shared_.full_factor[n % 2], n / 2 % 2);
       finish(shared_.out_factor[n % 2]);
       const AttentionPlace& at = shared_.tasks[n % 2].place;
       const auto sum = [&](int i) { return output(i); };
