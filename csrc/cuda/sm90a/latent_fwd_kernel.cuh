@@ -17,9 +17,8 @@
 //            all there is.
 // Shared     11 places of 16 KiB for parts, 128 dims of a block; one of 8 KiB for RoPE; q's other
 //            192 dims 24 KiB; P 2 x 8 KiB. q's 384 dims come through three of the places.
-// No token   a row that is not there is copied as zeros, unread, and its scores are masked. In
-// pages,
-//            rows behind the last token are whatever they are, and cleared in shared memory.
+// No token   a row that is not there is copied as zeros, unread, and its scores are masked. Rows
+//            of a page behind the last token are whatever they are, and cleared in shared memory.
 //
 // Barriers   full, empty: of each place. full_q, empty_q: q in shared memory. full_p, empty_p: of
 //            each P, full when the next scores' products are nearly done; the last of a work is
