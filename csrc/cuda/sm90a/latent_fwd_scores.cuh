@@ -54,11 +54,6 @@ class LatentFwdScores {
     if (lane_ == 0) ptx::mbarrier_arrive(empty);
   }
 
-  // What cp.async has written, for wgmma.
-  __device__ static void see_copies() {
-    if constexpr (Config::kByRows) ptx::fence_async_shared();
-  }
-
   // Of this lane, for ldmatrix: 16 rows of the warp, columns 8 j to 8 j + 15, of 128-byte rows.
   __device__ std::uint32_t matrix_address(const std::uint8_t* block, int j) const {
     const int r = 16 * warp_ + lane_ % 16, chunk = j + lane_ / 16;
@@ -77,7 +72,7 @@ class LatentFwdScores {
       let_go(shared_.empty[ring_.index]);
     }
     ptx::mbarrier_wait(shared_.full_q, n % 2);
-    see_copies();
+    if constexpr (Config::kByRows) ptx::fence_async_shared();
   }
 
   __device__ void begin() {
@@ -88,7 +83,8 @@ class LatentFwdScores {
     }
   }
 
-  // The next block's; a group a part, and RoPE.
+  // The next block's; a group a part, and RoPE. What cp.async has written is in shared memory
+  // before it arrives: no fence, which would keep products on their way from following each other.
   __device__ void issue_qk() {
     const ptx::WgmmaDescriptor<128> q(shared_.q[0]), k(shared_.kv[0][0]);
 #pragma unroll
@@ -103,7 +99,6 @@ class LatentFwdScores {
           lacks_ = tokens_ < Config::kTokens;
         }
       }
-      see_copies();
       ptx::wgmma_fence();
       const ptx::WgmmaDescriptor<128> keys =
           k + ring_.index * (Config::kPartBlocks * Config::kBlockBytes);
@@ -126,7 +121,6 @@ class LatentFwdScores {
       const ptx::WgmmaDescriptor<128> rope =
           ptx::WgmmaDescriptor<128>(shared_.rope[0]) + rope_ring_.index * Config::kBlockBytes;
       ptx::mbarrier_wait(shared_.full_rope[rope_ring_.index], rope_ring_.phase);
-      see_copies();
       ptx::wgmma_fence();
 #pragma unroll
       for (int step = 0; step < 4; ++step) {

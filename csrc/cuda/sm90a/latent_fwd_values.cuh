@@ -34,9 +34,7 @@ class LatentFwdValues {
       for (int left = shared_.tasks[n % 2].blocks; left > 0; --left) {
         ptx::mbarrier_wait(shared_.full_p[p_ring_.index], p_ring_.phase);
         if (shared_.moved[p_ring_.index][warp_]) rescale(shared_.factors[p_ring_.index]);
-        if constexpr (Config::kByRows) {
-          ptx::fence_async_shared();  // what cp.async has written, for wgmma
-        } else {
+        if constexpr (!Config::kByRows) {
           const std::int32_t tokens = shared_.tokens[p_ring_.index];
           if (tokens < Config::kTokens) clear(tokens);
         }
