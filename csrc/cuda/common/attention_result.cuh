@@ -19,7 +19,8 @@ struct HeadResult {
   float lse2;    // base 2; -inf: empty
   float max_logit;
 
-  // Sums are of 2^(s - base).
+  // Sums are of 2^(s - base); weights: the same as the values were multiplied by it, rounded.
+  __device__ HeadResult(float sum, float base, float max2) : HeadResult(sum, sum, base, max2) {}
   __device__ HeadResult(float sum, float weights, float base, float max2)
       : empty(max2 == -kAttentionInf && sum == 0.0f),
         weight(weights),

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
   const std::int64_t row = args.first_row + launch_row;
   const std::int64_t b = row / args.tokens_per_request;
   const std::int64_t j = row % args.tokens_per_request;
-  const HeadResult result(sum, sum, largest, largest);
+  const HeadResult result(sum, largest, largest);
   if (lane == 0 && part == 0) {
     args.lse[b * args.lse_stride_b + j * args.lse_stride_j + head * args.lse_stride_h] =
         result.lse();

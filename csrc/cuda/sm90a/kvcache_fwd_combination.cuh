@@ -75,7 +75,7 @@ class KvCacheFwdCombination {
     float sum = weight;
     for (int lanes = 1; lanes < width_; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
     if (!is_split) return;
-    const HeadResult all(sum, sum, largest, largest);
+    const HeadResult all(sum, largest, largest);
     const float factor = beside_sink(args_, at_, head(own), all, all.factor());
     weights(own)[split] = empty ? kZeroOutput : weight * result.factor * factor;
     if (split == 0 && part(own) % kPartsOfHead == 0) store_statistics(args_, at_, head(own), all);

@@ -93,7 +93,7 @@ class KvCacheFwdSoftmax {
         largest = fmaxf(largest, rows[warp * Config::kHeads + head]);
       }
     }
-    if (has_head) use(head, HeadResult(sum, sum, base, largest));
+    if (has_head) use(head, HeadResult(sum, base, largest));
   }
 
  private:

@@ -57,8 +57,8 @@ struct LatentFewConfig {
 
   // In the place of a worker's P, when there is none.
   struct Heads {
-    float sums[4][kHeads], weights[4][kHeads], maxima[4][kHeads];  // of each warp
-    float factors[kHeads];                                         // of the output
+    float sums[4][kHeads], maxima[4][kHeads];  // of each warp
+    float factors[kHeads];                     // of the output
   };
   static_assert(sizeof(Heads) <= kHeadBlockBytes);
 

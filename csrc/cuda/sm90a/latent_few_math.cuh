@@ -48,25 +48,23 @@ class LatentFewMath {
     auto& heads = *reinterpret_cast<typename Config::Heads*>(shared_.p[kOwn]);
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
-      const float sum = over_tokens(sums_[i], plus), weight = over_tokens(weights_[i], plus);
+      const float sum = over_tokens(sums_[i], plus);
       const float largest = over_tokens(maxima_[i], fmaxf);
       if (lane_ >= 4) continue;
       heads.sums[warp_][head(i)] = sum;
-      heads.weights[warp_][head(i)] = weight;
       heads.maxima[warp_][head(i)] = largest;
       if (warp_ == 0) heads.factors[head(i)] = bases_[i];
     }
     sync();
     const int h = 32 * warp_ + lane_;
     if (h < Config::kHeads) {
-      float sum = 0.0f, weight = 0.0f, largest = -kAttentionInf;
+      float sum = 0.0f, largest = -kAttentionInf;
 #pragma unroll
       for (int warp = 0; warp < 4; ++warp) {
         sum += heads.sums[warp][h];
-        weight += heads.weights[warp][h];
         largest = fmaxf(largest, heads.maxima[warp][h]);
       }
-      heads.factors[h] = use(h, HeadResult(sum, weight, heads.factors[h], largest));
+      heads.factors[h] = use(h, HeadResult(sum, heads.factors[h], largest));
     }
     sync();
 #pragma unroll
@@ -138,7 +136,7 @@ class LatentFewMath {
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
       bases_[i] = maxima_[i] = -kAttentionInf;
-      sums_[i] = weights_[i] = 0.0f;
+      sums_[i] = 0.0f;
     }
 #pragma unroll
     for (auto& tile : out_) {
@@ -237,9 +235,6 @@ class LatentFewMath {
         sums_[mine(2 * i + k)] += p[k];
       }
       words[i] = pack<Element>(p[0], p[1]);
-      const float2 rounded = unpack<Element>(words[i]);
-      weights_[mine(2 * i)] += rounded.x;
-      weights_[mine(2 * i + 1)] += rounded.y;
     }
     // Lane l has the address of row l % 8 of matrix l / 8: 8 heads by 8 tokens.
     const std::uint32_t chunk = 2 * warp_ + lane_ / 8 % 2;
@@ -284,7 +279,6 @@ class LatentFewMath {
       factors[i] = moves ? ptx::exp2_approx(bases_[i] - largest) : 1.0f;
       if (moves) bases_[i] = largest;
       sums_[i] *= factors[i];
-      weights_[i] *= factors[i];
     }
 #pragma unroll
     for (auto& tile : out_) {
@@ -332,8 +326,7 @@ class LatentFewMath {
   const int warp_, lane_;
   std::uint32_t phase_ = 0;  // of this warpgroup's block
   float bases_[kMine], maxima_[kMine];
-  float sums_[kMine];     // of 2^(score - base), of this thread's tokens
-  float weights_[kMine];  // of P
+  float sums_[kMine];  // of 2^(score - base), of this thread's tokens
   float scores_[kSums];
   float out_[kDimTiles][kSums];
 };

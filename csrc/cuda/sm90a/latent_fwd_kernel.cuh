@@ -11,7 +11,10 @@
 //            of 64 tokens by one thread and the copy engine.
 // Overlap    The tensor cores have a block's scores, then the output's products of the block
 //            before, while the scores' softmax is on its way. A CTA has work after work.
-// Softmax    Its base moves only where a score is 2^8 above it; the output's sums follow.
+//            The output's second half begins when the first has read its first part, whose place
+//            is the one that the scores will wait for.
+// Softmax    Of the base that there is: sums tell afterwards where scores are far above it, which
+//            then moves, and the output's sums follow.
 // Registers  168, of which 96 are q and 32 the scores; 160, 128 the output's sums; producer 24. The
 //            assembler keeps 24 from wgmma's operands: 128 sums take 154, so that 160 and 168 is
 //            all there is.

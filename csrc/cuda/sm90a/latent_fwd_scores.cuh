@@ -37,7 +37,7 @@ class LatentFwdScores {
         issue_qk();
         finish_qk(is_first);
         if (left == 1) let_go(shared_.empty_q);
-        softmax();
+        softmax(is_first);
       }
       ptx::fence_async_shared();
       let_p_be_used();
@@ -79,16 +79,30 @@ class LatentFwdScores {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       bases_[i] = maxima_[i] = -kAttentionInf;
-      sums_[i] = weights_[i] = 0.0f;
+      sums_[i] = 0.0f;
     }
   }
 
-  // The next block's; a group a part, and RoPE. What cp.async has written is in shared memory
-  // before it arrives: no fence, which would keep products on their way from following each other.
+  // The next block's; a group a part, and RoPE before the last one, which comes last. What cp.async
+  // has written is in shared memory before it arrives: no fence, which would keep products on their
+  // way from following each other.
   __device__ void issue_qk() {
     const ptx::WgmmaDescriptor<128> q(shared_.q[0]), k(shared_.kv[0][0]);
 #pragma unroll
     for (int part = 0; part < Config::kParts; ++part, ring_.next()) {
+      if (Config::kRope > 0 && part == Config::kParts - 1) {
+        const ptx::WgmmaDescriptor<128> rope =
+            ptx::WgmmaDescriptor<128>(shared_.rope[0]) + rope_ring_.index * Config::kBlockBytes;
+        ptx::mbarrier_wait(shared_.full_rope[rope_ring_.index], rope_ring_.phase);
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+          ptx::wgmma_16_bit<Element>(scores_,
+                                     q + (Config::kRopeBlock * Config::kBlockBytes + step * 32),
+                                     rope + step * 32, true);
+        }
+        ptx::wgmma_commit();
+      }
       ptx::mbarrier_wait(shared_.full[ring_.index], ring_.phase);
       if (part == 0) {
         if constexpr (Config::kByRows) {
@@ -117,23 +131,12 @@ class LatentFwdScores {
       ptx::wgmma_commit();
       if (part == 0) ptx::fence_async_shared();  // for P, which has been stored before
     }
-    if constexpr (Config::kRope > 0) {
-      const ptx::WgmmaDescriptor<128> rope =
-          ptx::WgmmaDescriptor<128>(shared_.rope[0]) + rope_ring_.index * Config::kBlockBytes;
-      ptx::mbarrier_wait(shared_.full_rope[rope_ring_.index], rope_ring_.phase);
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        ptx::wgmma_16_bit<Element>(scores_,
-                                   q + (Config::kRopeBlock * Config::kBlockBytes + step * 32),
-                                   rope + step * 32, true);
-      }
-      ptx::wgmma_commit();
-    }
   }
 
   // When they are nearly done the output's products of the block before may begin.
   __device__ void finish_qk(bool is_first) {
+    const LatentFwdRing<2> p = next_p(is_first);
+    ptx::mbarrier_wait(shared_.empty_p[p.index], p.phase ^ 1);
     ptx::wgmma_wait<1>();
     if (!is_first) let_p_be_used();
     ptx::wgmma_wait<0>();
@@ -153,9 +156,9 @@ class LatentFwdScores {
     }
   }
 
-  // Scores -> P. Bases move where a score is far above.
-  __device__ void softmax() {
-    const float& scale = args_.scale_log2;
+  // Scores -> P, of the bases that there are; where sums turn out to be far above them, or not to
+  // be numbers, bases move and P is made again.
+  __device__ void softmax(bool is_first) {
     if (lacks_) {
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
@@ -163,33 +166,37 @@ class LatentFwdScores {
         if (!is_there(token)) scores_[i] = -kAttentionInf;
       }
     }
-    float largest[2];
-    row_maxima(scores_, largest);
-    bool above = false;
-    float factors[2], shift[2];
+    if constexpr (Config::kByRows) {
+      float largest[2];
+      thread_maxima(scores_, largest);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      largest[i] *= scale;
-      if constexpr (Config::kByRows) maxima_[i] = fmaxf(maxima_[i], largest[i]);
-      const bool moves = largest[i] - bases_[i] > kLatentSlack;  // also the first one of all
-      factors[i] = moves ? ptx::exp2_approx(bases_[i] - largest[i]) : 1.0f;
-      if (moves) bases_[i] = largest[i];
-      above |= moves;
-      shift[i] = bases_[i] == -kAttentionInf ? 0.0f : bases_[i];
-      sums_[i] *= factors[i];
-      weights_[i] *= factors[i];
+      for (int i = 0; i < 2; ++i) maxima_[i] = fmaxf(maxima_[i], largest[i]);
     }
-    const bool moved = __any_sync(~0u, above);
-
-    ptx::mbarrier_wait(shared_.empty_p[p_ring_.index], p_ring_.phase ^ 1);
-    if (lane_ % 4 == 0) {
+    float sums[2];
+    bool is_above[2] = {true, true};
+    if (!is_first) {
+      store_p(bases_, sums);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) shared_.factors[p_ring_.index][row(i)] = factors[i];
+      for (int i = 0; i < 2; ++i) is_above[i] = !(sums[i] <= kLatentMost);
     }
+    const bool moved = __any_sync(~0u, is_above[0] || is_above[1]);
+    if (moved) {
+      float shift[2];
+      move_bases(is_above, shift);
+      store_p(shift, sums);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) sums_[i] += sums[i];
     if (lane_ == 0) {
       shared_.moved[p_ring_.index][warp_] = moved;
       if constexpr (!Config::kByRows) shared_.tokens[p_ring_.index] = tokens_;
     }
+  }
+
+  // P, and its sums before it is rounded.
+  __device__ void store_p(const float (&shift)[2], float (&sums)[2]) const {
+    const float& scale = args_.scale_log2;
+    sums[0] = sums[1] = 0.0f;
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
       std::uint32_t p[4];
@@ -198,13 +205,36 @@ class LatentFwdScores {
         const float* scores = scores_ + 8 * step + 2 * k;
         const float p0 = ptx::exp2_approx(fmaf(scores[0], scale, -shift[k % 2]));
         const float p1 = ptx::exp2_approx(fmaf(scores[1], scale, -shift[k % 2]));
-        sums_[k % 2] += p0 + p1;
+        sums[k % 2] += p0 + p1;
         p[k] = pack<Element>(p0, p1);
-        const float2 rounded = unpack<Element>(p[k]);
-        weights_[k % 2] += rounded.x + rounded.y;
       }
       ptx::stmatrix_x4(matrix_address(shared_.p[p_ring_.index], 2 * step), p);
     }
+  }
+
+  // Of rows that are far above theirs, to their largest scores. shift: the bases, 0 where there is
+  // no score yet. A row's bits do not depend on the others.
+  __device__ void move_bases(const bool (&is_above)[2], float (&shift)[2]) {
+    float largest[2];
+    thread_maxima(scores_, largest);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float of_row = fmaxf(bases_[i], quad_max(largest[i]) * args_.scale_log2);
+      const unsigned quad = 0xFu << lane_ / 4 * 4;
+      const bool moves = (__ballot_sync(~0u, is_above[i]) & quad) != 0 && of_row > bases_[i];
+      const float factor = moves ? ptx::exp2_approx(bases_[i] - of_row) : 1.0f;
+      if (moves) bases_[i] = of_row;
+      sums_[i] *= factor;
+      if (lane_ % 4 == 0) shared_.factors[p_ring_.index][row(i)] = factor;
+      shift[i] = bases_[i] == -kAttentionInf ? 0.0f : bases_[i];
+    }
+  }
+
+  // Where P of the block whose products are on their way goes.
+  __device__ LatentFwdRing<2> next_p(bool is_first) const {
+    LatentFwdRing<2> ring = p_ring_;
+    if (!is_first) ring.next();
+    return ring;
   }
 
   __device__ void let_p_be_used() {
@@ -213,17 +243,17 @@ class LatentFwdScores {
   }
 
   __device__ void finish(const AttentionPlace& at, unsigned n) {
-    float sums[2], weights[2];
+    float sums[2], maxima[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       sums[i] = quad_sum(sums_[i]);
-      weights[i] = quad_sum(weights_[i]);
+      maxima[i] = Config::kByRows ? quad_max(maxima_[i]) * args_.scale_log2 : -kAttentionInf;
     }
     if (lane_ % 4 < 2) {
       const bool second = lane_ % 2 != 0;
       const auto mine = [&](const float (&x)[2]) { return second ? x[1] : x[0]; };
       const int head = row(second ? 1 : 0);
-      const HeadResult result(mine(sums), mine(weights), mine(bases_), mine(maxima_));
+      const HeadResult result(mine(sums), mine(bases_), mine(maxima));
       shared_.out_factor[n % 2][head] =
           head < at.heads ? store_head(args_, at, head, result) : 0.0f;
     }
@@ -240,8 +270,7 @@ class LatentFwdScores {
   std::int32_t tokens_;        // of a page
   std::uint32_t first_place_;  // by rows, of its first part
   float bases_[2], maxima_[2];
-  float sums_[2];     // of 2^(score - base), of this thread's scores
-  float weights_[2];  // the same, rounded as P is
+  float sums_[2];  // of 2^(score - base), of this thread's scores
   float scores_[32];
   std::uint32_t q_[4 * Config::kHeldBlocks][4];
 };

@@ -7,16 +7,20 @@
 
 namespace dsa::cuda::sm90a {
 
-// Scores may be above their base by this much, in powers of two.
-inline constexpr float kLatentSlack = 8.0f;
+// Bases move where what a thread sums of 2^(score - base), of 16 scores, is more than this.
+inline constexpr float kLatentMost = 4096.0f;
 
 __device__ __forceinline__ float quad_sum(float x) {
   x += __shfl_xor_sync(~0u, x, 1);
   return x + __shfl_xor_sync(~0u, x, 2);
 }
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
 
-// The largest scores of a thread's two rows.
-__device__ __forceinline__ void row_maxima(const float (&scores)[32], float (&largest)[2]) {
+// The largest of a thread's scores of each of its two rows.
+__device__ __forceinline__ void thread_maxima(const float (&scores)[32], float (&largest)[2]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) largest[i] = fmaxf(scores[2 * i], scores[2 * i + 1]);
 #pragma unroll
@@ -25,13 +29,6 @@ __device__ __forceinline__ void row_maxima(const float (&scores)[32], float (&la
     for (int i = 0; i < 2; ++i) {
       largest[i] = fmaxf(largest[i], fmaxf(scores[4 * j + 2 * i], scores[4 * j + 2 * i + 1]));
     }
-  }
-#pragma unroll
-  for (int lanes = 1; lanes < 4; lanes *= 2) {
-    const float other[2] = {__shfl_xor_sync(~0u, largest[0], lanes),
-                            __shfl_xor_sync(~0u, largest[1], lanes)};
-    largest[0] = fmaxf(largest[0], other[0]);
-    largest[1] = fmaxf(largest[1], other[1]);
   }
 }
 

@@ -95,6 +95,9 @@ class LatentFwdValues {
     const ptx::WgmmaRowsDescriptor values(shared_.kv[0], Config::kBlockBytes);
     const ptx::WgmmaDescriptor<128> p =
         ptx::WgmmaDescriptor<128>(shared_.p[0]) + p_ring_.index * Config::kBlockBytes;
+    // After the first half's first part: its place is the first that is needed again, and is free
+    // after a quarter of the time, not half.
+    if (half_ == 1) ptx::mbarrier_wait(shared_.empty[ring_.index], ring_.phase);
     ring_.next(half_ * Config::kHalfParts);
     std::uint32_t places[Config::kHalfParts];
     ptx::wgmma_fence();
