@@ -22,12 +22,14 @@ struct AttentionPlace {
   __device__ AttentionPlace(const AttentionArgs& args, int heads_of_tile, unsigned x,
                             unsigned split) {
     const unsigned head_tiles = (args.num_heads + heads_of_tile - 1) / heads_of_tile;
-    const unsigned launch_row = x / head_tiles;
+    // Divisions are long, and code that runs once is slow: not where there is nothing to divide.
+    const unsigned launch_row = head_tiles == 1 ? x : x / head_tiles;
     const auto row = static_cast<unsigned>(args.first_row) + launch_row;
     const auto tokens = static_cast<unsigned>(args.tokens_per_request);
-    b = row / tokens;
-    j = row % tokens;
-    first_head = static_cast<int>(x % head_tiles) * heads_of_tile;
+    const unsigned request = tokens == 1 ? row : row / tokens;
+    b = request;
+    j = row - request * tokens;
+    first_head = static_cast<int>(x - launch_row * head_tiles) * heads_of_tile;
     heads = std::min(args.num_heads - first_head, heads_of_tile);
     partial = (std::int64_t{launch_row} * args.num_splits + split) * args.num_heads + first_head;
   }
@@ -45,6 +47,11 @@ struct TileShare {
 
   __device__ TileShare(const AttentionArgs& args, int keys, int tokens_of_tile, unsigned split) {
     const int all = (keys + tokens_of_tile - 1) / tokens_of_tile;
+    if (args.num_splits == 1) {
+      first = 0;
+      count = all;
+      return;
+    }
     const int each = std::max((all + args.num_splits - 1) / args.num_splits,
                               args.least_split_tokens / tokens_of_tile);
     first = std::min(static_cast<int>(split) * each, all);

@@ -28,7 +28,8 @@ class LatentFwdTurns {
   // Whether there is an n-th piece; the n-th piece.
   __device__ bool has(unsigned n) const { return number(n) < grid_.works; }
   __device__ LatentFwdWork work(unsigned n) const {
-    return {number(n) % grid_.tiles, number(n) / grid_.tiles};
+    const unsigned split = number(n) < grid_.tiles ? 0 : number(n) / grid_.tiles;
+    return {number(n) - split * grid_.tiles, split};
   }
 
  private:
