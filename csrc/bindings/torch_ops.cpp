@@ -239,8 +239,8 @@ void merge_topk(Tensor scores, Tensor indices, std::int64_t topk, Tensor out_ind
 }
 
 void flash_mla_sparse_fwd(Tensor q, Tensor kv, Tensor indices, double sm_scale, std::int64_t d_v,
-                          OptTensor attn_sink, OptTensor topk_length, Tensor out, Tensor max_logits,
-                          Tensor lse) {
+                          OptTensor attn_sink, OptTensor topk_length, bool batch_invariant,
+                          Tensor out, Tensor max_logits, Tensor lse, OptTensor workspace) {
   dsa::SparseFwdParams p;
   p.q = view(q);
   p.kv = view(kv);
@@ -249,9 +249,11 @@ void flash_mla_sparse_fwd(Tensor q, Tensor kv, Tensor indices, double sm_scale, 
   p.d_v = d_v;
   p.attn_sink = view(attn_sink);
   p.topk_length = view(topk_length);
+  p.batch_invariant = batch_invariant;
   p.out = view(out);
   p.max_logits = view(max_logits);
   p.lse = view(lse);
+  p.workspace = view(workspace);
   call(dsa::flash_mla_sparse_fwd, p, q);
 }
 
@@ -390,8 +392,8 @@ STABLE_TORCH_LIBRARY(dsa_ext, m) {
       "Tensor(b!)? out_scores) -> ()");
   m.def(
       "flash_mla_sparse_fwd(Tensor q, Tensor kv, Tensor indices, float sm_scale, int d_v, "
-      "Tensor? attn_sink, Tensor? topk_length, Tensor(a!) out, Tensor(b!) max_logits, "
-      "Tensor(c!) lse) -> ()");
+      "Tensor? attn_sink, Tensor? topk_length, bool batch_invariant, Tensor(a!) out, "
+      "Tensor(b!) max_logits, Tensor(c!) lse, Tensor(d!)? workspace) -> ()");
   m.def(
       "flash_mla_with_kvcache(Tensor q, Tensor k_cache, Tensor? block_table, "
       "Tensor? cache_seqlens, int head_dim_v, float softmax_scale, bool causal, "

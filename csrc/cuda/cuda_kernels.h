@@ -40,6 +40,7 @@ std::int64_t sm90a_kvcache_fwd_workspace_bytes(const KvCacheFwdParams& params);
 // cuda/sm90a/latent_fwd_launch.cu
 Support sm90a_sparse_fwd_takes(const SparseFwdParams& params);
 Status sm90a_sparse_fwd(const SparseFwdParams& params);
+std::int64_t sm90a_sparse_fwd_workspace_bytes(const SparseFwdParams& params);
 Support sm90a_latent_kvcache_fwd_takes(const KvCacheFwdParams& params);
 Status sm90a_latent_kvcache_fwd(const KvCacheFwdParams& params);
 std::int64_t sm90a_latent_kvcache_fwd_workspace_bytes(const KvCacheFwdParams& params);

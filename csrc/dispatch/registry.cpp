@@ -195,7 +195,7 @@ DSA_KERNELS(MergeTopkParams,
 
 DSA_KERNELS(SparseFwdParams,
             DSA_SM90A("sm90a_sparse_fwd", kSm90a, kPrefillSm90a, cuda::sm90a_sparse_fwd_takes,
-                      cuda::sm90a_sparse_fwd)
+                      cuda::sm90a_sparse_fwd, cuda::sm90a_sparse_fwd_workspace_bytes)
                 DSA_SM90A("sm90a_fp8_sparse_fwd", kSm90a, kFp8PrefillSm90a,
                           cuda::sm90a_fp8_sparse_fwd_takes, cuda::sm90a_fp8_sparse_fwd)
                     DSA_CUDA("portable_sparse_fwd", kSm80, kPrefillCuda, cuda::sparse_fwd_takes,

@@ -281,6 +281,7 @@ Status validate(const SparseFwdParams& p) {
   output(c, "out", p.out, {p.q.dtype}, {"s_q", "h_q", "d_v"});
   output(c, "out max_logits", p.max_logits, {kF32}, {"s_q", "h_q"}, Layout::kAnyStrides);
   output(c, "out lse", p.lse, {kF32}, {"s_q", "h_q"}, Layout::kAnyStrides);
+  workspace(c, p.workspace);
   return c.take();
 }
 

@@ -76,6 +76,8 @@ def flash_mla_sparse_fwd(
     topk_length: Tensor | None = None,
     *,
     out: Tensor | tuple[Tensor, Tensor, Tensor] | None = None,
+    batch_invariant: bool = False,
+    workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sparse attention of each query token over its own selected rows of ``kv`` (prefill).
 
@@ -97,6 +99,10 @@ def flash_mla_sparse_fwd(
         topk_length: int32 [s_q]: slots from there on are ignored, unread. What a query sees, of a
             row from :func:`dsa_ext.topk_select`, spares the time that its padding would take.
         out: the triple to write into, or its first tensor alone.
+        batch_invariant: a row's bits do not depend on the rest of the batch. They may otherwise for
+            up to 32 heads on an SM90 GPU, where neighbouring tokens that have half of their rows in
+            common, or more, read those once.
+        workspace: as in :func:`flash_mla_with_kvcache`.
 
     Returns:
         out like q [s_q, h_q, d_v]; max_logits float32 [s_q, h_q] (scale applied, natural units);
@@ -116,7 +122,18 @@ def flash_mla_sparse_fwd(
     if lse is None:
         lse = q.new_empty(rows, dtype=torch.float32)
     ops.flash_mla_sparse_fwd(
-        q, kv, indices, sm_scale, d_v, attn_sink, topk_length, result, max_logits, lse
+        q,
+        kv,
+        indices,
+        sm_scale,
+        d_v,
+        attn_sink,
+        topk_length,
+        batch_invariant,
+        result,
+        max_logits,
+        lse,
+        workspace,
     )
     _raise_in_backward(op, (result, max_logits, lse), out, q, kv, attn_sink)
     return result, max_logits, lse

@@ -22,6 +22,7 @@
 #include <cstdint>
 #include <cstring>
 #include <numeric>
+#include <utility>
 
 #include "machine.h"
 
@@ -102,6 +103,16 @@ inline int __popc(unsigned x) { return std::popcount(x); }
 inline unsigned atomicInc(unsigned* at, unsigned most) {
   const unsigned before = *at;
   *at = before >= most ? 0 : before + 1;
+  return before;
+}
+template <typename T>
+T atomicAdd(T* at, T value) {
+  return std::exchange(*at, *at + value);
+}
+inline unsigned atomicOr(unsigned* at, unsigned value) { return std::exchange(*at, *at | value); }
+inline unsigned atomicCAS(unsigned* at, unsigned expected, unsigned value) {
+  const unsigned before = *at;
+  if (before == expected) *at = value;
   return before;
 }
 

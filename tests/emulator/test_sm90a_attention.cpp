@@ -223,6 +223,51 @@ TEST(EmulatedAttention, SparsePrefill) {
   }
 }
 
+// Four of five of a token's slots are those of the token before. Some are no slots; in the third
+// group of four tokens one is there twice, the fourth has little in common, the last is incomplete.
+TensorView drifting(Arena& arena, std::int64_t tokens, std::int64_t topk, std::int32_t slots) {
+  const auto step = static_cast<std::int32_t>(slots / topk);
+  const TensorView indices = arena.hostile({tokens, 1, topk}, step - 1, 10);
+  const TensorView draws = arena.ints({tokens, topk}, 0, 99);
+  for (std::int64_t token = 0; token < tokens; ++token) {
+    auto* row = indices.ptr<std::int32_t>() + token * topk;
+    const auto* draw = draws.ptr<std::int32_t>() + token * topk;
+    for (std::int64_t i = 0; i < topk; ++i) {
+      if (row[i] >= 0 && row[i] < step) row[i] += static_cast<std::int32_t>(i) * step;
+      if (token > 0 && token / 4 != 3 && draw[i] < 80) row[i] = row[i - topk];
+    }
+    if (token == 9) row[0] = row[topk - 1] = 5;
+  }
+  return indices;
+}
+
+TEST(EmulatedAttention, SparsePrefillOfSharedRows) {
+  for (const Format& f : {kBf16, kF16}) {
+    for (const std::int64_t heads : {3, 16, 30}) {
+      SCOPED_TRACE(std::string(f.name) + ", heads " + std::to_string(heads));
+      constexpr std::int64_t kTokens = 26, kTopk = 300;
+      Arena arena(6);
+      SparseFwdParams p;
+      p.q = arena.floats(f.query, {kTokens, heads, f.d_qk}, -1.0f, 1.0f);
+      p.kv = arena.empty_cache(f.dtype, 40, 64, f.width, 0);
+      arena.fill_latents(p.kv);
+      p.indices = drifting(arena, kTokens, kTopk, 40 * 64);
+      p.attn_sink = arena.floats(kF32, {heads}, -2.0f, 2.0f);
+      if (heads == 16) p.topk_length = arena.ints({kTokens}, 250, kTopk);
+      p.sm_scale = 1.0 / std::sqrt(static_cast<double>(f.d_qk));
+      p.d_v = kDimV;
+      p.workspace = arena.empty(DType::kUInt8, {cuda::sm90a_sparse_fwd_workspace_bytes(p)});
+      expect_prefill_like_cpu(arena, p);
+      const auto* counts = p.workspace.ptr<std::int32_t>();  // groups, and tokens of the others
+      EXPECT_EQ(counts[0] * (heads > 16 ? 2 : 4) + counts[1], kTokens);
+      EXPECT_GE(counts[0], 4);
+      EXPECT_GE(counts[1], 4);
+      p.batch_invariant = true;
+      EXPECT_EQ(cuda::sm90a_sparse_fwd_workspace_bytes(p), 0);
+    }
+  }
+}
+
 // Scores of 2^27 in base 2, whose neighbours are 16 apart: the second one is above the slack of the
 // first one's base, though the sum of the two rounds to it.
 TEST(EmulatedAttention, BaseMovesByOneUlp) {

@@ -22,7 +22,9 @@ from helpers import (
     DECODE_TOLERANCE,
     FORMATS,
     INT_MAX,
+    INT_MIN,
     LOGITS_TOLERANCE,
+    PREFILL_TOLERANCE,
     Guarded,
     assert_close,
     assert_lse_close,
@@ -310,6 +312,105 @@ def test_sparse_fwd_of_about_as_many_tokens_as_sms(h_q):
     for rows in (slice(sms), slice(sms + 1), slice(2 * sms), slice(sms, None), slice(7, 8)):
         some = case | {name: case[name][rows] for name in ("q", "indices")}
         assert_all_same_bits(dsa_ext.flash_mla_sparse_fwd(**some), [t[rows] for t in whole])
+
+
+def sharing_case(s_q, h_q, d_qk, topk, *, page_size=None):
+    """Tokens with four fifths of their rows in common with the token before.
+
+    But for some: with other rows than it, with one row twice, with nothing valid. Slots that are
+    none are everywhere; rows that no token has are NaN.
+    """
+    step = 5  # rows that take turns in a place
+    start = torch.arange(topk) * step
+    rows = torch.empty(s_q, topk, dtype=torch.int64)
+    for token in range(s_q):
+        fresh = start + torch.randint(step, (topk,))
+        keep = (torch.rand(topk) < 0.8) & (token % 50 < 43) & (token > 0)
+        rows[token] = torch.where(keep, rows[token - 1], fresh)
+    rows[::50, 0] = rows[::50, -1]
+    bad = torch.tensor([INT_MIN, -1, -2, topk * step, INT_MAX])
+    bad = bad[torch.randint(len(bad), rows.shape)]
+    rows = torch.where(torch.rand(rows.shape) < 0.01, bad, rows)
+    rows[13::60] = -1
+    rows[3::70, : topk // 2] = -1
+    dtype = BF16 if d_qk == 576 else FP16
+    kv = torch.randn(topk * step, 1, d_qk).to(dtype)
+    seen = torch.zeros(topk * step, dtype=torch.bool)
+    seen[rows[(rows >= 0) & (rows < topk * step)]] = True
+    kv[~seen] = float("nan")
+    if page_size is not None:
+        kv = torch.nn.functional.pad(kv.view(-1, page_size, 1, d_qk), (0, 64))[..., :d_qk]
+    case = {
+        "q": torch.randn(s_q, h_q, d_qk + 16).to(dtype)[..., :d_qk],
+        "kv": kv,
+        "indices": int32(rows).unsqueeze(1),
+        "attn_sink": torch.randn(h_q),
+        "topk_length": int32(torch.randint(topk - 20, topk + 20, (s_q,))),
+    }
+    tensors = {name: t.to(DEVICE) for name, t in case.items()}
+    return tensors | {"sm_scale": d_qk**-0.5, "d_v": 512}
+
+
+@pytest.mark.parametrize(
+    ("h_q", "d_qk", "topk"),
+    [
+        *((1, 576, 2048), (8, 512, 300), (13, 576, 700), (16, 576, 2048), (16, 512, 256)),
+        *((17, 512, 2000), (24, 576, 500), (32, 576, 2048), (32, 512, 256)),
+        *((16, 576, 2049), (16, 576, 255)),
+    ],
+)
+def test_sparse_fwd_of_shared_rows(h_q, d_qk, topk):
+    case = sharing_case(699, h_q, d_qk, topk)
+    whole = check_sparse(case)
+    for _ in range(5):
+        assert_all_same_bits(dsa_ext.flash_mla_sparse_fwd(**case), whole)
+    assert_all_same_bits(
+        dsa_ext.flash_mla_sparse_fwd(**case, workspace=workspace(DEVICE)), whole
+    )
+    alone = check_sparse(case | {"batch_invariant": True})
+    for rows in (slice(1), slice(7, 12), slice(40, None)):
+        part = {name: case[name][rows] for name in ("q", "indices", "topk_length")}
+        got = dsa_ext.flash_mla_sparse_fwd(**case | part, batch_invariant=True)
+        assert_all_same_bits(got, [t[rows] for t in alone])
+    are_shared = 256 <= topk <= 2048 and not _C.kernel_refusal(
+        "sm90a_sparse_fwd", torch.cuda.current_device()
+    )
+    assert torch.equal(whole[0], alone[0]) != are_shared
+
+
+@pytest.mark.parametrize("h_q", [16, 32])
+@pytest.mark.parametrize("page_size", [1, 5, 64])
+def test_sparse_fwd_of_shared_rows_of_a_cache(h_q, page_size):
+    case = sharing_case(530, h_q, 576, 1024, page_size=page_size)
+    paged = check_sparse(case)
+    flat = dsa_ext.flash_mla_sparse_fwd(**case | {"kv": case["kv"].flatten(0, 1)})
+    assert_all_same_bits(paged, flat)
+
+
+def test_sparse_fwd_of_shared_rows_of_more_tokens_than_the_workspace_has_room_for():
+    case = sharing_case(699, 1, 512, 2048)
+    many = {name: case[name].repeat(20, *[1] * (case[name].dim() - 1)) for name in ("q", "indices")}
+    case |= many | {"topk_length": None}
+    got = dsa_ext.flash_mla_sparse_fwd(**case)
+    alone = dsa_ext.flash_mla_sparse_fwd(**case, batch_invariant=True)
+    assert_close(got[0], alone[0].double(), PREFILL_TOLERANCE)
+    assert_lse_close(got[2], alone[2].double())
+
+
+def test_shared_rows_in_a_graph():
+    """Which tokens share their rows is found out when the graph runs."""
+    case = sharing_case(600, 16, 576, 512)
+    others = sharing_case(600, 16, 576, 512)["indices"]
+    first = dsa_ext.flash_mla_sparse_fwd(**case)
+    expected = dsa_ext.flash_mla_sparse_fwd(**case | {"indices": others.flip(0)})
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = dsa_ext.flash_mla_sparse_fwd(**case)
+    graph.replay()
+    assert_all_same_bits(out, first)
+    case["indices"].copy_(others.flip(0))
+    graph.replay()
+    assert_all_same_bits(out, expected)
 
 
 @pytest.mark.usefixtures("attention_kernel")

@@ -141,17 +141,19 @@ def op_arguments(op: str, device: str) -> list[dict | tuple]:
             for kept in (None, out(3, 4))
         ],
         "flash_mla_sparse_fwd": [
-            (*sparse(device), None, None, *sparse_outs),
+            (*sparse(device), None, None, False, *sparse_outs, None),
             (
                 *sparse(device),
                 torch.randn(4, device=device),
                 int32([6, 2, 0], device),
+                True,
                 *sparse_outs,
+                workspace,
             ),
             (
                 torch.randn(2, 3, 576, device=device).to(BF16),
                 *(cached(device)["k_cache"], cached(device)["indices"], 0.1, 512, None, None),
-                *(out(2, 3, 512, dtype=BF16), out(2, 3), out(2, 3)),
+                *(False, out(2, 3, 512, dtype=BF16), out(2, 3), out(2, 3), None),
             ),
         ],
         "flash_mla_with_kvcache": [
@@ -260,7 +262,7 @@ WRITTEN = {
     "fp8_paged_mqa_topk": {"indices", "scores", "workspace"},
     "topk_select": {"indices", "out_scores", "workspace"},
     "merge_topk": {"out_indices", "out_scores"},
-    "flash_mla_sparse_fwd": {"out", "max_logits", "lse"},
+    "flash_mla_sparse_fwd": {"out", "max_logits", "lse", "workspace"},
     "flash_mla_with_kvcache": {"out", "lse", "workspace"},
     "merge_attn_states": {"out", "lse"},
     "per_token_cast_to_fp8": {"out", "scale"},

@@ -148,7 +148,12 @@ OWN = {
 }
 SIGNATURES = FLASH_MLA | DEEP_GEMM | OWN
 DEFAULTS = {
-    "flash_mla_sparse_fwd": {"d_v": 512, "attn_sink": None, "topk_length": None},
+    "flash_mla_sparse_fwd": {
+        "d_v": 512,
+        "attn_sink": None,
+        "topk_length": None,
+        "batch_invariant": False,
+    },
     "flash_mla_with_kvcache": {
         "num_splits": None,
         "softmax_scale": None,

@@ -367,6 +367,7 @@ def sparse_fwd(s: Sizes) -> Case:
         ["prefill", "lse", "lse"],
         {"out_dtype": FP32},
         refill=refill,
+        takes_workspace=True,
     )
 
 
@@ -452,6 +453,7 @@ def prefill_over_cache(s: Sizes, name: str) -> Case:
         ["prefill", "lse", "lse"],
         {"out_dtype": FP32},
         refill=refill,
+        takes_workspace=True,
     )
 
 

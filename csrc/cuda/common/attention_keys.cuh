@@ -14,6 +14,28 @@ struct KeyRow {
   const std::uint8_t* scales = nullptr;  // of FP8 rows
 };
 
+// Token `position` of what begins `pages` whole pages before, in page `page` of the cache.
+__device__ __forceinline__ KeyRow row_of_page(const LatentRows& rows, std::int64_t page,
+                                              std::int64_t position, std::int64_t pages) {
+  const std::int64_t token = position - pages * rows.page_size.divisor();
+  const std::uint8_t* base = rows.data + page * rows.page_stride;
+  return {base + token * rows.token_stride, base + rows.scales_offset + token * rows.scales_stride};
+}
+
+// A slot of 0 or more.
+__device__ __forceinline__ KeyRow row_of_slot(const LatentRows& rows, std::int32_t slot) {
+  if (slot >= rows.num_slots) return {};
+  const std::uint32_t page = rows.page_size.quotient(slot);
+  return row_of_page(rows, page, slot, page);
+}
+
+// How many of a query token's slots count.
+__device__ __forceinline__ int list_size(const SlotList& list, std::int64_t b, std::int64_t j) {
+  if (list.length == nullptr) return list.count;
+  const int length = list.length[b * list.length_stride_b + j * list.length_stride_j];
+  return max(0, min(length, list.count));
+}
+
 // The keys of one query token, numbered 0 .. size: the two lists one after the other, or the first
 // tokens of the request. In shared memory, to leave registers to the tile.
 class KeySequence {
@@ -58,27 +80,6 @@ class KeySequence {
   }
 
  private:
-  __device__ static KeyRow row_of_slot(const LatentRows& rows, std::int32_t slot) {
-    if (slot >= rows.num_slots) return {};
-    const std::uint32_t page = rows.page_size.quotient(slot);
-    return row_of_page(rows, page, slot, page);
-  }
-
-  // Token `position` of what begins `pages` whole pages before, in page `page` of the cache.
-  __device__ static KeyRow row_of_page(const LatentRows& rows, std::int64_t page,
-                                       std::int64_t position, std::int64_t pages) {
-    const std::int64_t token = position - pages * rows.page_size.divisor();
-    const std::uint8_t* base = rows.data + page * rows.page_stride;
-    return {base + token * rows.token_stride,
-            base + rows.scales_offset + token * rows.scales_stride};
-  }
-
-  __device__ static int list_size(const SlotList& list, std::int64_t b, std::int64_t j) {
-    if (list.length == nullptr) return list.count;
-    const int length = list.length[b * list.length_stride_b + j * list.length_stride_j];
-    return max(0, min(length, list.count));
-  }
-
   const std::int32_t* slots_[2];  // of a dense request: its pages
   int first_;                     // keys of the first list
   int size_;

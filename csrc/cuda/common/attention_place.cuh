@@ -34,6 +34,13 @@ struct AttentionPlace {
     partial = (std::int64_t{launch_row} * args.num_splits + split) * args.num_heads + first_head;
   }
 
+  // Of a later query token, where a request has one.
+  __device__ AttentionPlace after(int queries) const {
+    AttentionPlace place = *this;
+    place.b += queries;
+    return place;
+  }
+
   // Of this CTA, to be found again where it is needed: registers may be short between.
   __device__ static AttentionPlace of_cta(const AttentionArgs& args, int heads_of_tile) {
     const std::uint32_t x = ptx::cta_x(), split = ptx::cta_y();  // in this order

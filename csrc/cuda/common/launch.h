@@ -64,6 +64,11 @@ Status launch(const char* name, const Launch& where, dim3 grid, int threads,
   return to_status(cudaGetLastError(), name);
 }
 
+inline Status clear_async(const Launch& where, void* data, std::size_t bytes) {
+  return to_status(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(where.stream)),
+                   "cudaMemsetAsync");
+}
+
 inline constexpr int kMaxCluster = 16;
 
 // A launch in clusters of `cluster` CTAs, of which the grid is a multiple.

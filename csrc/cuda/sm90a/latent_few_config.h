@@ -18,7 +18,7 @@ struct LatentFewConfig {
   static constexpr int kHeads = kHeads_;
   static constexpr int kWorkers = 2;  // that share a CTA
   template <int kWorker>
-  using Turns = LatentFwdTurns<kWorkers, kWorker>;
+  using Turns = LatentFwdTurns<kWorkers, kWorker, true>;
   static constexpr int kTokens = 64;  // of a block
   static constexpr int kDimV = 512;
   static constexpr int kRope = kRope_;

@@ -53,7 +53,7 @@ template <typename Config, int kWorker>
 __device__ void find_first_task(typename Config::SharedStorage& shared, const AttentionArgs& args,
                                 const LatentFwdGrid& grid) {
   const typename Config::template Turns<kWorker> turns(grid);
-  if (turns.has(0)) find_latent_task<Config>(args, turns.work(0), shared.tasks[kWorker][0]);
+  if (turns.has(0)) find_latent_task<Config>(args, grid, turns.work(0), shared.tasks[kWorker][0]);
 }
 
 template <typename Config, int kWorker>

@@ -42,7 +42,7 @@ class LatentFewProducer {
     if (turns.has(0)) fetched_ = fetch(task(0), 0);
     for (unsigned n = 0; turns.has(n); ++n) {
       load_q(n);
-      if (turns.has(n + 1)) prepare(turns.work(n + 1), n + 1);
+      if (turns.has(n + 1)) prepare(grid, turns.work(n + 1), n + 1);
       run(n, turns.has(n + 1));
     }
   }
@@ -75,9 +75,9 @@ class LatentFewProducer {
   static_assert(Config::kProducerThreads == LatentRowCopy::kThreads);
 
   // By all threads. The task before the last one has been done by all of them.
-  __device__ void prepare(const LatentFwdWork& work, unsigned n) const {
+  __device__ void prepare(const LatentFwdGrid& grid, const LatentFwdWork& work, unsigned n) const {
     ptx::named_sync<LatentFewBarrier::kProducer + kWorker, Config::kProducerThreads>();
-    if (warp_ == 0 && lane_ == 0) find_latent_task<Config>(args_, work, task(n));
+    if (warp_ == 0 && lane_ == 0) find_latent_task<Config>(args_, grid, work, task(n));
     __syncwarp();
     ptx::named_sync<LatentFewBarrier::kProducer + kWorker, Config::kProducerThreads>();
   }

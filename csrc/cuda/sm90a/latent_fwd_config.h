@@ -14,12 +14,15 @@ namespace dsa::cuda::sm90a {
 enum class LatentSource { kRows, kPages };
 
 // Element: of q, of the latents and of the output. kRope_: dims of the latents after the 512
-// values.
-template <typename Element_, int kRope_, LatentSource kSource>
+// values. kQueries_: query tokens of a tile, of which more than one have the union of their rows.
+template <typename Element_, int kRope_, LatentSource kSource, int kQueries_ = 1>
 struct LatentFwdConfig {
   using Element = Element_;
-  using Turns = LatentFwdTurns<1, 0>;
-  static constexpr int kHeads = 64;   // of a tile
+  static constexpr int kQueries = kQueries_;
+  using Turns = LatentFwdTurns<1, 0, (kQueries > 1)>;
+  using Task = std::conditional_t<kQueries == 1, LatentFwdTask, LatentUnionTask>;
+  static constexpr int kHeads = 64;  // of a tile
+  static constexpr int kHeadsOfQuery = kHeads / kQueries;
   static constexpr int kTokens = 64;  // of a block
   static constexpr int kDimV = 512;
   static constexpr int kRope = kRope_;
@@ -43,6 +46,8 @@ struct LatentFwdConfig {
   static constexpr int kRopeBlock = kDimBlocks - kHeldBlocks;
 
   static constexpr bool kByRows = kSource == LatentSource::kRows;
+  static_assert(kQueries == 1 || kByRows);
+  static_assert(kHeadsOfQuery % 16 == 0);  // a warp has heads of one token
   static constexpr int kScoreThreads = 128, kValueThreads = 256;
   static constexpr int kProducerThreads = 128;  // of which one loads pages
   static constexpr int kThreads = kScoreThreads + kValueThreads + kProducerThreads;
@@ -53,11 +58,8 @@ struct LatentFwdConfig {
 
   // Of a block whose first part is there, which tokens are: with pages the first ones.
   struct RowTokens {
-    std::uint8_t valid[kTokens];
-    union {
-      bool by_warp[kProducerThreads / 32];
-      std::uint32_t any;
-    } lacks;
+    // For each query token: as warps have looked them up, LatentRowCopy::own_row.
+    alignas(8) std::uint16_t valid[kQueries][kProducerThreads / 32];
   };
   struct PageTokens {
     std::int32_t count;
@@ -82,7 +84,7 @@ struct LatentFwdConfig {
     ptx::Mbarrier full_p[2], empty_p[2];
     ptx::Mbarrier full_factor[2];
     ptx::Mbarrier full_task[2], empty_task[2];
-    LatentFwdTask tasks[2];  // of a work and the next
+    Task tasks[2];  // of a work and the next
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };

@@ -21,6 +21,7 @@ class LatentFwdOutput {
 
   // This thread's two rows: heads.
   __device__ int row(int i) const { return 16 * warp_ + lane_ / 4 + 8 * i; }
+  __device__ int head(int i) const { return row(i) % Config::kHeadsOfQuery; }  // of its query token
 
   // The output of `heads` heads in fp32, head h's at out + h * 512. sum(i): the i-th.
   template <typename Sum>
@@ -36,11 +37,12 @@ class LatentFwdOutput {
     }
   }
 
-  // The same in 16 bits, head h's at out + h * stride, on 16 bytes: 32 columns at a time by way of
-  // shared memory, 8 KiB for both halves, where a warp's 16 rows are its own.
+  // The same in 16 bits, head h's of query token j at out + j * query_stride + h * stride, on 16
+  // bytes: 32 columns at a time by way of shared memory, 8 KiB for both halves, where a warp's 16
+  // rows are its own.
   template <typename Sum>
-  __device__ void store(std::uint16_t* out, std::int64_t stride, int heads, std::uint8_t* shared,
-                        Sum&& sum) const {
+  __device__ void store(std::uint16_t* out, std::int64_t query_stride, std::int64_t stride,
+                        int heads, std::uint8_t* shared, Sum&& sum) const {
     constexpr int kColumns = 32, kRowBytes = 2 * kColumns;
     std::uint8_t* staged = shared + (4 * half_ + warp_) * 16 * kRowBytes;
     const auto address = [&](int r, int chunk) {
@@ -51,7 +53,8 @@ class LatentFwdOutput {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       from[i] = reinterpret_cast<const uint4*>(address(row(i) % 16, lane_ % 4));
-      to[i] = out + row(i) * stride + half_ * Config::kHalf + lane_ % 4 * 8;
+      to[i] = out + row(i) / Config::kHeadsOfQuery * query_stride + head(i) * stride +
+              half_ * Config::kHalf + lane_ % 4 * 8;
     }
 #pragma unroll
     for (int first = 0; first < Config::kHalf; first += kColumns) {
@@ -69,7 +72,7 @@ class LatentFwdOutput {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const uint4 words = *from[i];
-        if (row(i) < heads) *reinterpret_cast<uint4*>(to[i] + first) = words;
+        if (head(i) < heads) *reinterpret_cast<uint4*>(to[i] + first) = words;
       }
       __syncwarp();
     }

@@ -33,7 +33,7 @@ class LatentFwdPages {
     const typename Config::Turns turns(grid);
     for (unsigned n = 0; turns.has(n); ++n) {
       ptx::mbarrier_wait(shared_.empty_task[n % 2], n / 2 % 2 ^ 1);
-      find_task(turns.work(n), shared_.tasks[n % 2]);
+      find_task(grid, turns.work(n), shared_.tasks[n % 2]);
       ptx::mbarrier_arrive(shared_.full_task[n % 2]);
       const LatentFwdTask& task = shared_.tasks[n % 2];
       load_q(task.place, n);
@@ -49,8 +49,9 @@ class LatentFwdPages {
 
  private:
   // A split without keys has a block without tokens.
-  __device__ void find_task(const LatentFwdWork& work, LatentFwdTask& task) const {
-    find_latent_task<Config>(args_, work, task);
+  __device__ void find_task(const LatentFwdGrid& grid, const LatentFwdWork& work,
+                            LatentFwdTask& task) const {
+    find_latent_task<Config>(args_, grid, work, task);
     task.blocks = max(task.blocks, 1);
   }
 

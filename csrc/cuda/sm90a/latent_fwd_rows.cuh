@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "cuda/common/attention_args.h"
 #include "cuda/common/attention_place.cuh"
@@ -25,18 +26,19 @@ class LatentFwdRows {
   // A work's next task is found, and its first slots are fetched, before its last block is copied.
   __device__ void run(const LatentFwdGrid& grid) {
     const typename Config::Turns turns(grid);
-    if (turns.has(0)) prepare(turns, 0);
+    if (turns.has(0)) prepare(grid, turns, 0);
     for (unsigned n = 0; turns.has(n); ++n) {
       load_q(n);
 #pragma unroll 1
       for (int block = 0; block < task(n).blocks; ++block) {
         const std::uint8_t* own = task(n).keys.row(args_, key(task(n), block), fetched_).values;
+        const unsigned queries = queries_of(own);
         if (block + 1 < task(n).blocks) {
           fetched_ = task(n).keys.fetch(args_, key(task(n), block + 1));
         } else if (turns.has(n + 1)) {
-          prepare(turns, n + 1);
+          prepare(grid, turns, n + 1);
         }
-        load(own);
+        load(own, queries);
       }
     }
   }
@@ -46,14 +48,16 @@ class LatentFwdRows {
   static_assert(Config::kTokens == LatentRowCopy::kTileRows);
   static_assert(Config::kHeads == LatentRowCopy::kTileRows);
 
-  __device__ LatentFwdTask& task(unsigned n) const { return shared_.tasks[n % 2]; }
+  using Task = typename Config::Task;
+  __device__ Task& task(unsigned n) const { return shared_.tasks[n % 2]; }
 
   // By all threads: the n-th task and its first slots. A split without keys has a block without
   // tokens.
-  __device__ void prepare(const typename Config::Turns& turns, unsigned n) {
+  __device__ void prepare(const LatentFwdGrid& grid, const typename Config::Turns& turns,
+                          unsigned n) {
     if (warp_ == 0 && lane_ == 0) {
       ptx::mbarrier_wait(shared_.empty_task[n % 2], n / 2 % 2 ^ 1);
-      find_latent_task<Config>(args_, turns.work(n), task(n));
+      find_latent_task<Config>(args_, grid, turns.work(n), task(n));
       task(n).blocks = max(task(n).blocks, 1);
       ptx::mbarrier_arrive(shared_.full_task[n % 2]);
     }
@@ -63,7 +67,7 @@ class LatentFwdRows {
   }
 
   __device__ int row() const { return LatentRowCopy::own_row(warp_, lane_); }
-  __device__ int key(const LatentFwdTask& task, int block) const {
+  __device__ int key(const Task& task, int block) const {
     return (task.first_block + block) * Config::kTokens + row();
   }
 
@@ -90,10 +94,11 @@ class LatentFwdRows {
   // q: what will be in registers comes as parts do.
   __device__ void load_q(unsigned n) {
     const AttentionPlace& at = task(n).place;
+    const int query = row() / Config::kHeadsOfQuery, head = row() % Config::kHeadsOfQuery;
     const auto* q = reinterpret_cast<const std::uint8_t*>(
-        args_.q + at.b * args_.q_stride_b + at.j * args_.q_stride_j +
-        (at.first_head + row()) * args_.q_stride_h);
-    const LatentRowCopy rows(row() < at.heads ? q : nullptr, warp_, lane_);
+        args_.q + (at.b + query) * args_.q_stride_b + at.j * args_.q_stride_j +
+        (at.first_head + head) * args_.q_stride_h);
+    const LatentRowCopy rows(head < at.heads ? q : nullptr, warp_, lane_);
 #pragma unroll
     for (int part = 0; part < Config::kHeldParts; ++part) {
       wait_for_place();
@@ -107,9 +112,14 @@ class LatentFwdRows {
     arrive(shared_.full_q);
   }
 
+  // A bit for each query token that has the row which this lane has looked up.
+  __device__ unsigned queries_of(const std::uint8_t* own) const {
+    if constexpr (Config::kQueries > 1) return UnionSequence::queries(fetched_);
+    return own != nullptr ? 1 : 0;
+  }
+
   // A block. own: the row that this lane has looked up, or nullptr.
-  __device__ void load(const std::uint8_t* own) {
-    const bool is_valid = own != nullptr;
+  __device__ void load(const std::uint8_t* own, unsigned queries) {
     const LatentRowCopy rows(own, warp_, lane_);
 #pragma unroll
     for (int part = 0; part < Config::kParts; ++part) {
@@ -121,10 +131,12 @@ class LatentFwdRows {
       }
       wait_for_place();
       if (part == 0) {
-        auto& tokens = shared_.tokens_of[ring_.index];
-        tokens.valid[row()] = is_valid ? 1 : 0;
-        const bool lacks = __any_sync(~0u, !is_valid);
-        if (lane_ == 0) tokens.lacks.by_warp[warp_] = lacks;
+#pragma unroll
+        for (int query = 0; query < Config::kQueries; ++query) {
+          const unsigned valid = __ballot_sync(~0u, queries >> query & 1);
+          auto& of_warp = shared_.tokens_of[ring_.index].valid[query][warp_];
+          if (lane_ == 0) of_warp = static_cast<std::uint16_t>(valid);
+        }
       }
       load_part(rows, part * Config::kPartBlocks);
     }
@@ -135,7 +147,8 @@ class LatentFwdRows {
   const int warp_, lane_;
   LatentFwdRing<Config::kPlaces> ring_;
   LatentFwdRing<Config::kRopePlaces> rope_ring_;
-  std::int32_t fetched_;  // for the next block
+  // For the next block.
+  decltype(std::declval<Task>().keys.fetch(std::declval<AttentionArgs>(), 0)) fetched_;
 };
 
 }  // namespace dsa::cuda::sm90a

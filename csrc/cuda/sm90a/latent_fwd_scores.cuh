@@ -48,6 +48,7 @@ class LatentFwdScores {
 
  private:
   __device__ int row(int i) const { return 16 * warp_ + lane_ / 4 + 8 * i; }
+  __device__ static int query(int row) { return row / Config::kHeadsOfQuery; }
 
   __device__ void let_go(ptx::Mbarrier& empty) {
     __syncwarp();
@@ -107,7 +108,8 @@ class LatentFwdScores {
       if (part == 0) {
         if constexpr (Config::kByRows) {
           first_place_ = ring_.index;
-          lacks_ = shared_.tokens_of[ring_.index].lacks.any != 0;
+          const uint2 valid = valid_tokens();
+          lacks_ = (valid.x & valid.y) != ~0u;
         } else {
           tokens_ = shared_.tokens_of[ring_.index].count;
           lacks_ = tokens_ < Config::kTokens;
@@ -147,25 +149,37 @@ class LatentFwdScores {
     }
   }
 
-  // Of the block whose scores these are.
-  __device__ bool is_there(int token) const {
+  // By rows, of this warp's query token and the block whose scores these are.
+  __device__ uint2 valid_tokens() const {
+    const auto& valid = shared_.tokens_of[first_place_].valid[query(16 * warp_)];
+    return *reinterpret_cast<const uint2*>(valid);
+  }
+
+  // Scores of what is no token.
+  __device__ void mask() {
     if constexpr (Config::kByRows) {
-      return shared_.tokens_of[first_place_].valid[token] != 0;
+      // Token 8 c + 2 (lane % 4) + e is bit 4 (c / 2) + e of word c % 2.
+      const uint2 valid = valid_tokens();
+      const int first = lane_ % 4 / 2 * 16 + lane_ % 2 * 2;
+      const std::uint32_t words[2] = {valid.x >> first, valid.y >> first};
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        const bool is_there = (words[i / 4 % 2] >> (i / 8 * 4 + i % 2) & 1) != 0;
+        if (!is_there) scores_[i] = -kAttentionInf;
+      }
     } else {
-      return token < tokens_;
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        const int token = i / 4 * 8 + lane_ % 4 * 2 + i % 2;
+        if (token >= tokens_) scores_[i] = -kAttentionInf;
+      }
     }
   }
 
   // Scores -> P, of the bases that there are; where sums turn out to be far above them, or not to
   // be numbers, bases move and P is made again.
   __device__ void softmax(bool is_first) {
-    if (lacks_) {
-#pragma unroll
-      for (int i = 0; i < 32; ++i) {
-        const int token = i / 4 * 8 + lane_ % 4 * 2 + i % 2;
-        if (!is_there(token)) scores_[i] = -kAttentionInf;
-      }
-    }
+    if (lacks_) mask();
     if constexpr (Config::kByRows) {
       float largest[2];
       thread_maxima(scores_, largest);
@@ -252,10 +266,10 @@ class LatentFwdScores {
     if (lane_ % 4 < 2) {
       const bool second = lane_ % 2 != 0;
       const auto mine = [&](const float (&x)[2]) { return second ? x[1] : x[0]; };
-      const int head = row(second ? 1 : 0);
+      const int r = row(second ? 1 : 0), head = r % Config::kHeadsOfQuery;
       const HeadResult result(mine(sums), mine(bases_), mine(maxima));
-      shared_.out_factor[n % 2][head] =
-          head < at.heads ? store_head(args_, at, head, result) : 0.0f;
+      shared_.out_factor[n % 2][r] =
+          head < at.heads ? store_head(args_, at.after(query(r)), head, result) : 0.0f;
     }
   }
 

@@ -52,7 +52,8 @@ class LatentFwdValues {
         ptx::named_sync<LatentFwdBarrier::kBoth, Config::kValueThreads>();  // P is no longer read
         stored().store(args_.out + at.b * args_.out_stride_b + at.j * args_.out_stride_j +
                            at.first_head * args_.out_stride_h,
-                       args_.out_stride_h, at.heads, shared_.p[p_ring_.index], sum);
+                       args_.out_stride_b, args_.out_stride_h, at.heads, shared_.p[p_ring_.index],
+                       sum);
       }
       let_go(shared_.empty_task[n % 2]);
       let_go(shared_.empty_p[p_ring_.index]);

@@ -212,9 +212,11 @@ struct SparseFwdParams {
   std::int64_t d_v = 0;
   TensorView attn_sink;    // f32 [h_q], optional
   TensorView topk_length;  // i32 [s_q], optional
-  TensorView out;          // like q [s_q, h_q, d_v]
-  TensorView max_logits;   // f32 [s_q, h_q]
-  TensorView lse;          // f32 [s_q, h_q]
+  bool batch_invariant = false;
+  TensorView out;         // like q [s_q, h_q, d_v]
+  TensorView max_logits;  // f32 [s_q, h_q]
+  TensorView lse;         // f32 [s_q, h_q]
+  TensorView workspace;   // u8 [bytes], optional; see kMaxWorkspaceBytes
   Launch launch;
 
   bool is_fp8() const { return kv.dtype != q.dtype; }

@@ -57,6 +57,7 @@ def flash_mla_sparse_fwd(
     attn_sink: Tensor | None = None,
     topk_length: Tensor | None = None,
     *,
+    batch_invariant: bool = False,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sparse prefill attention (FlashMLA's flash_mla_sparse_fwd).
@@ -66,11 +67,12 @@ def flash_mla_sparse_fwd(
     e4m3 * scale without further rounding. indices: int32 [s_q, 1, topk], rows of kv or slots of the
     cache; one outside is ignored and its row never read, repeats count each time. attn_sink: fp32
     [h_q], out *= e^lse / (e^lse + e^sink). topk_length: int32 [s_q], entries from there on are
-    ignored. Returns (out [s_q, h_q, d_v] in out_dtype or q's dtype, max_logits, lse), the latter
-    fp32 [s_q, h_q] (fp64 if an input is), natural log, scale applied, without the sink. Nothing
-    valid: out 0, max_logits -inf, lse +inf. Differentiable in q, float kv and attn_sink; max_logits
-    is detached.
+    ignored. batch_invariant changes nothing. Returns (out [s_q, h_q, d_v] in out_dtype or q's
+    dtype, max_logits, lse), the latter fp32 [s_q, h_q] (fp64 if an input is), natural log, scale
+    applied, without the sink. Nothing valid: out 0, max_logits -inf, lse +inf. Differentiable in q,
+    float kv and attn_sink; max_logits is detached.
     """
+    del batch_invariant
     expect_one_head("flash_mla_sparse_fwd: kv", kv)
     expect_d_v("flash_mla_sparse_fwd: d_v", d_v, q.shape[-1])
     if kv.dim() == 3 and kv.element_size() == 1:

@@ -20,6 +20,11 @@ constexpr T round_up(T a, T b) {
   return ceil_div(a, b) * b;
 }
 
+inline Status clear_async(const Launch&, void* data, std::size_t bytes) {
+  std::memset(data, 0, bytes);
+  return {};
+}
+
 inline constexpr int kMaxCluster = 16;
 
 struct ClusterLaunch {
