@@ -364,9 +364,7 @@ def test_sparse_fwd_of_shared_rows(h_q, d_qk, topk):
     whole = check_sparse(case)
     for _ in range(5):
         assert_all_same_bits(dsa_ext.flash_mla_sparse_fwd(**case), whole)
-    assert_all_same_bits(
-        dsa_ext.flash_mla_sparse_fwd(**case, workspace=workspace(DEVICE)), whole
-    )
+    assert_all_same_bits(dsa_ext.flash_mla_sparse_fwd(**case, workspace=workspace(DEVICE)), whole)
     alone = check_sparse(case | {"batch_invariant": True})
     for rows in (slice(1), slice(7, 12), slice(40, None)):
         part = {name: case[name][rows] for name in ("q", "indices", "topk_length")}

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention over 16-bit latents on Hopper, of 64 heads: sparse prefill, and decode over the paged
-// cache, sparse or dense. Or of 2 x 32, 4 x 16 heads of neighbouring query tokens, over the union of
-// their rows (row_unions.cuh), of which a warp masks what its token has not.
+// cache, sparse or dense. Or of 32 or 16 heads of two or four neighbouring query tokens, over the
+// union of their rows (row_unions.cuh), where a warp's scores are masked by its token's rows.
 //
 // Tile       a query token's 64 heads by one block after another: scores S = Q K^T [64, 64]; out
 //            [64, 512] += P V. Operands are 16-bit. 384 dims of q are in registers, as the first
