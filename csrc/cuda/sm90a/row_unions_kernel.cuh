@@ -6,8 +6,9 @@
 // each token's rows are also of those before it. First come the rows that all tokens have, then
 // the others, both in an order that does not depend on who came first.
 //
-// A row that a token has twice counts twice. The last one's new rows may be so; else the group has
-// no union, since the table has a row once.
+// A row that a token has twice counts twice. New ones are added twice; if a later token has one of
+// them, or a token has one of the others twice, the marks are not as many as the rows, and the
+// group has no union.
 //
 // Shared     48 or 64 KiB: the table, in buckets, and who of the tokens after the first has what.
 #pragma once
@@ -26,6 +27,7 @@ template <int kQueries_>
 struct RowUnionsConfig {
   static constexpr int kQueries = kQueries_;
   static constexpr int kThreads = 512;
+  static constexpr int kCtasPerSm = kQueries == 2 ? 4 : 3;
   static constexpr int kRows = 2048;  // of a token, at most
   static constexpr int kRowsOfThread = kRows / kThreads;
   static constexpr int kBucketBits = 11;
@@ -48,8 +50,8 @@ struct RowUnionsConfig {
     // Of a token's rows those that were not there before it, less the others: of its first rows,
     // and of all.
     std::int32_t fresh[kQueries][2];
-    std::int32_t again;                    // rows that a token has twice
-    std::uint32_t of_warp[kThreads / 32];  // as RowUnionBuilder::kOther
+    std::int32_t unmarked;
+    std::uint32_t of_warp[kThreads / 32];  // RowUnionBuilder::kOther
   };
 };
 
@@ -69,7 +71,6 @@ class RowUnionBuilder {
   static constexpr std::uint32_t kNowhere = ~0u;
   // How many rows all tokens have, and kOther times the others.
   static constexpr std::uint32_t kOther = 1u << 16;
-  static constexpr int kNever = Config::kQueries * Config::kRows;  // more than there are rows
   static constexpr int kLast = Config::kQueries - 1;
 
   __device__ static int thread() { return static_cast<int>(threadIdx.x); }
@@ -102,7 +103,7 @@ class RowUnionBuilder {
       reinterpret_cast<uint4*>(&shared_)[i] = uint4{};
     }
     if (thread() < 2 * Config::kQueries) shared_.fresh[thread() / 2][thread() % 2] = 0;
-    if (thread() == 0) shared_.again = 0;
+    if (thread() == 0) shared_.unmarked = 0;
   }
 
   __device__ void fetch(int query) {
@@ -142,27 +143,30 @@ class RowUnionBuilder {
     for (int i = kBegin; i < kEnd; ++i) {
       std::uint32_t& row = rows_[query][i];
       if (row == kNowhere) continue;
-      const std::uint32_t entry = entry_of(row);
-      if (entry == kNowhere) {
-        ++fresh;
-      } else {
-        (&shared_.marks[query - 1][0])[entry] = 1;
+      if (mark(row, &shared_.marks[query - 1][0])) {
         row = kNowhere;
-        ++marked_;
         --fresh;
+      } else {
+        ++fresh;
       }
     }
     return fresh;
   }
-  __device__ std::uint32_t entry_of(std::uint32_t slot) const {
+  // All entries of a slot; whether there are any.
+  __device__ bool mark(std::uint32_t slot, std::uint8_t* marks) const {
+    bool is_there = false;
     for (std::uint32_t bucket = first_bucket(slot);; bucket = next_bucket(bucket)) {
       const uint4 there = *reinterpret_cast<const uint4*>(shared_.slots[bucket]);
-      const std::uint32_t key = slot + 1, entry = bucket * Config::kOfBucket;
-      if (there.x == key) return entry;
-      if (there.y == key) return entry + 1;
-      if (there.z == key) return entry + 2;
-      if (there.w == key) return entry + 3;
-      if (there.w == 0) return kNowhere;
+      const auto compare = [&](std::uint32_t other, std::uint32_t place) {
+        if (other != slot + 1) return;
+        marks[bucket * Config::kOfBucket + place] = 1;
+        is_there = true;
+      };
+      compare(there.x, 0);
+      compare(there.y, 1);
+      compare(there.z, 2);
+      compare(there.w, 3);
+      if (there.w == 0) return is_there;
     }
   }
 
@@ -180,13 +184,11 @@ class RowUnionBuilder {
     }
   }
 
-  // As RowUnions has it, what has come by this token. is_again: stays as it is, or the table has
-  // had its row before.
-  __device__ std::uint32_t row_of(std::uint32_t row, int query, bool& is_again) const {
+  // As RowUnions has it, what has come by this token.
+  __device__ std::uint32_t row_of(std::uint32_t row, int query) const {
     std::uint32_t queries = 1u << query;
     if (query == kLast) return queries << RowUnions::kSlotBits | row;
     const std::uint32_t slot = (&shared_.slots[0][0])[row] - 1;
-    is_again |= entry_of(slot) != row;
 #pragma unroll
     for (int later = query + 1; later < Config::kQueries; ++later) {
       const bool is_marked = (&shared_.marks[later - 1][0])[row] != 0;
@@ -199,16 +201,15 @@ class RowUnionBuilder {
     constexpr std::uint32_t kAll = (1u << Config::kQueries) - 1;
     const auto is_of_all = [](std::uint32_t row) { return row >> RowUnions::kSlotBits == kAll; };
     std::uint32_t own = 0;
-    int marked = marked_;
-    bool is_again = false;
+    int unmarked = 0;  // new rows of tokens after the first, less marks
 #pragma unroll
     for (int query = 0; query < Config::kQueries; ++query) {
 #pragma unroll
       for (std::uint32_t& row : rows_[query]) {
-        row = row == kNowhere ? 0 : row_of(row, query, is_again);
+        row = row == kNowhere ? 0 : row_of(row, query);
         if (row == 0) continue;
-        own += is_of_all(row) ? 1 : kOther;
-        marked -= __popc(row >> RowUnions::kSlotBits) - 1;
+        own += query == 0 && is_of_all(row) ? 1 : kOther;
+        unmarked += (query > 0 ? 2 : 1) - __popc(row >> RowUnions::kSlotBits);
       }
     }
     const int warp = thread() / 32, lane = thread() % 32;
@@ -219,21 +220,22 @@ class RowUnionBuilder {
       if (lane >= lanes) before += lower;
     }
     if (lane == 31) shared_.of_warp[warp] = before;
-    if (sum(shared_.again, marked + (is_again ? kNever : 0)) != 0) return kNone;
+    int expected = 0;
+    for (int query = 1; query < Config::kQueries; ++query) expected += shared_.fresh[query][1];
+    if (sum(shared_.unmarked, unmarked) != expected) return kNone;
     before -= own;
     std::uint32_t all = 0;
     for (int i = 0; i < Config::kThreads / 32; ++i) {
       if (i < warp) before += shared_.of_warp[i];
       all += shared_.of_warp[i];
     }
-    std::uint32_t* of_all = rows + before % kOther;
-    std::uint32_t* others = rows + all % kOther + before / kOther;
+    std::uint32_t of_all = before % kOther, others = all % kOther + before / kOther;
 #pragma unroll
     for (int query = 0; query < Config::kQueries; ++query) {
 #pragma unroll
       for (const std::uint32_t row : rows_[query]) {
         if (row == 0) continue;
-        *(query == 0 && is_of_all(row) ? of_all : others)++ = row;
+        rows[query == 0 && is_of_all(row) ? of_all++ : others++] = row;
       }
     }
     return static_cast<int>(all % kOther + all / kOther);
@@ -245,12 +247,11 @@ class RowUnionBuilder {
   // Slots; of what is in the table its entry; at last as RowUnions has them. kNowhere, 0: done
   // with.
   std::uint32_t rows_[Config::kQueries][Config::kRowsOfThread];
-  int marked_ = 0;  // rows
 };
 
 // tokens: of the launch.
 template <typename Config>
-__global__ void __launch_bounds__(Config::kThreads)
+__global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     sm90a_row_unions_kernel(const __grid_constant__ AttentionArgs args,
                             const __grid_constant__ RowUnions unions, int tokens) {
   extern __shared__ __align__(1024) std::uint8_t shared_bytes[];
