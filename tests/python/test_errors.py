@@ -834,6 +834,21 @@ WRONG = [
         {"out": (t(2, 3, 64, dtype=BF16), t(2, 3), t(2, 3, dtype=BF16))},
         "out lse: expected float32 [s_q=2, h_q=3], got bfloat16 [2, 3]",
     ),
+    (
+        sparse,
+        {"workspace": t(64)},
+        "workspace: expected uint8 [bytes], got float32 [64]",
+    ),
+    (
+        sparse,
+        {"workspace": t(64, dtype=UINT8)[1:]},
+        "workspace: expected a 16-byte aligned tensor (address mod 16 = 0), got 1",
+    ),
+    (
+        sparse,
+        {"workspace": t(1, dtype=UINT8).expand(64)},
+        "workspace: expected contiguous bytes, got strides [0]",
+    ),
     # flash_mla_with_kvcache
     (decode, {"q": None}, "q: expected a tensor, got None"),
     (
