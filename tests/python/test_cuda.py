@@ -328,10 +328,16 @@ def sharing_case(s_q, h_q, d_qk, topk, *, page_size=None):
         keep = (torch.rand(topk) < 0.8) & (token % 50 < 43) & (token > 0)
         rows[token] = torch.where(keep, rows[token - 1], fresh)
     rows[::50, 0] = rows[::50, -1]
+    # Twice in one token and once in the next, which has another one twice that was there once.
+    rows[20::60, 0] = rows[20::60, -1]
+    rows[21::60, 2:] = rows[20::60, 2:][: len(rows[21::60])]
+    rows[21::60, 1] = rows[21::60, 2]
     bad = torch.tensor([INT_MIN, -1, -2, topk * step, INT_MAX])
     bad = bad[torch.randint(len(bad), rows.shape)]
     rows = torch.where(torch.rand(rows.shape) < 0.01, bad, rows)
     rows[13::60] = -1
+    rows[30::80] = rows[30::80, :1]  # one row, so many times
+    rows[31::80] = rows[30::80][: len(rows[31::80])]
     rows[3::70, : topk // 2] = -1
     dtype = BF16 if d_qk == 576 else FP16
     kv = torch.randn(topk * step, 1, d_qk).to(dtype)

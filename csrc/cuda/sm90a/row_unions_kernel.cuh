@@ -6,9 +6,9 @@
 // each token's rows are also of those before it. First come the rows that all tokens have, then
 // the others, both in an order that does not depend on who came first.
 //
-// A row that a token has twice counts twice. New ones are added twice; if a later token has one of
-// them, or a token has one of the others twice, the marks are not as many as the rows, and the
-// group has no union.
+// A row that a token has twice counts twice. New ones are added twice; a group where a later token
+// has one of them too has no union. Nor has one where a token has one of the others twice: it
+// leaves fewer marks than it has rows.
 //
 // Shared     48 or 64 KiB: the table, in buckets, and who of the tokens after the first has what.
 #pragma once
@@ -27,12 +27,14 @@ template <int kQueries_>
 struct RowUnionsConfig {
   static constexpr int kQueries = kQueries_;
   static constexpr int kThreads = 512;
-  static constexpr int kCtasPerSm = kQueries == 2 ? 4 : 3;
+  static constexpr int kCtasPerSm = kQueries == 2 ? 4 : 2;
   static constexpr int kRows = 2048;  // of a token, at most
   static constexpr int kRowsOfThread = kRows / kThreads;
   static constexpr int kBucketBits = 11;
   static constexpr int kBuckets = 1 << kBucketBits;
   static constexpr int kOfBucket = 4;
+  // Where more come to a bucket there is no union: of one row, mostly.
+  static constexpr int kMostArrivals = 32;
   // The first token's rows, and half as many of each of the others but the last.
   static_assert(kRows * kQueries / 2 < kBuckets * kOfBucket);
   static_assert(RowUnions::kSlotBits + kQueries <= 32);
@@ -48,9 +50,10 @@ struct RowUnionsConfig {
     // Whether a token after the first has a row that was there before it.
     alignas(16) std::uint8_t marks[kQueries - 1][kBuckets * kOfBucket];
     // Of a token's rows those that were not there before it, less the others: of its first rows,
-    // and of all.
+    // and of the others. Of the first token 0.
     std::int32_t fresh[kQueries][2];
     std::int32_t unmarked;
+    std::int32_t is_crowded;
     std::uint32_t of_warp[kThreads / 32];  // RowUnionBuilder::kOther
   };
 };
@@ -64,13 +67,16 @@ class RowUnionBuilder {
   __device__ RowUnionBuilder(SharedStorage& shared, const AttentionArgs& args, std::int64_t first)
       : shared_(shared), args_(args), first_(first) {}
 
-  // By all threads: how many rows the union has, or kNone.
-  __device__ int build(std::uint32_t* rows) { return find() ? store(rows) : kNone; }
+  // By all threads: how many rows the group's union has, or kNone.
+  __device__ int build(const RowUnions& unions, int group) {
+    return find() ? store(unions.rows + std::int64_t{group} * unions.capacity) : kNone;
+  }
 
  private:
   static constexpr std::uint32_t kNowhere = ~0u;
   // How many rows all tokens have, and kOther times the others.
   static constexpr std::uint32_t kOther = 1u << 16;
+  static constexpr int kNever = 2 * Config::kRows;  // so many new rows are too many
   static constexpr int kLast = Config::kQueries - 1;
 
   __device__ static int thread() { return static_cast<int>(threadIdx.x); }
@@ -84,14 +90,14 @@ class RowUnionBuilder {
     for (int query = 0; query < Config::kQueries; ++query) {
       if (query > 0) {
         // Its first rows tell of most tokens that have nothing in common.
-        int fresh = look_up<0, 1>(query);
-        if (sum(shared_.fresh[query][0], fresh) > Config::kThreads / 2) return false;
-        fresh += look_up<1, Config::kRowsOfThread>(query);
-        if (sum(shared_.fresh[query][1], fresh) > 0) return false;
+        auto& fresh = shared_.fresh[query];
+        if (sum(fresh[0], look_up<0, 1>(query)) > Config::kThreads / 2) return false;
+        if (sum(fresh[1], look_up<1, Config::kRowsOfThread>(query)) + fresh[0] > 0) return false;
       }
       if (query < kLast) {
         add(query);
         __syncthreads();
+        if (shared_.is_crowded != 0) return false;
       }
     }
     return true;
@@ -103,7 +109,7 @@ class RowUnionBuilder {
       reinterpret_cast<uint4*>(&shared_)[i] = uint4{};
     }
     if (thread() < 2 * Config::kQueries) shared_.fresh[thread() / 2][thread() % 2] = 0;
-    if (thread() == 0) shared_.unmarked = 0;
+    if (thread() == 0) shared_.unmarked = 0, shared_.is_crowded = 0;
   }
 
   __device__ void fetch(int query) {
@@ -143,30 +149,27 @@ class RowUnionBuilder {
     for (int i = kBegin; i < kEnd; ++i) {
       std::uint32_t& row = rows_[query][i];
       if (row == kNowhere) continue;
-      if (mark(row, &shared_.marks[query - 1][0])) {
-        row = kNowhere;
-        --fresh;
-      } else {
-        ++fresh;
-      }
+      const int entries = mark(row, &shared_.marks[query - 1][0]);
+      fresh += entries == 0 ? 1 : entries == 1 ? -1 : kNever;
+      if (entries > 0) row = kNowhere;
     }
     return fresh;
   }
-  // All entries of a slot; whether there are any.
-  __device__ bool mark(std::uint32_t slot, std::uint8_t* marks) const {
-    bool is_there = false;
+  // All entries of a slot; how many there are.
+  __device__ int mark(std::uint32_t slot, std::uint8_t* marks) const {
+    int entries = 0;
     for (std::uint32_t bucket = first_bucket(slot);; bucket = next_bucket(bucket)) {
       const uint4 there = *reinterpret_cast<const uint4*>(shared_.slots[bucket]);
       const auto compare = [&](std::uint32_t other, std::uint32_t place) {
         if (other != slot + 1) return;
         marks[bucket * Config::kOfBucket + place] = 1;
-        is_there = true;
+        ++entries;
       };
       compare(there.x, 0);
       compare(there.y, 1);
       compare(there.z, 2);
       compare(there.w, 3);
-      if (there.w == 0) return is_there;
+      if (there.w == 0) return entries;
     }
   }
 
@@ -177,6 +180,10 @@ class RowUnionBuilder {
       if (row == kNowhere) continue;
       std::uint32_t bucket = first_bucket(row), place;
       while ((place = atomicAdd(&shared_.counts[bucket], 1u)) >= Config::kOfBucket) {
+        if (place >= Config::kMostArrivals) {
+          shared_.is_crowded = 1;
+          return;
+        }
         bucket = next_bucket(bucket);
       }
       shared_.slots[bucket][place] = row + 1;
@@ -221,7 +228,7 @@ class RowUnionBuilder {
     }
     if (lane == 31) shared_.of_warp[warp] = before;
     int expected = 0;
-    for (int query = 1; query < Config::kQueries; ++query) expected += shared_.fresh[query][1];
+    for (const auto& fresh : shared_.fresh) expected += fresh[0] + fresh[1];
     if (sum(shared_.unmarked, unmarked) != expected) return kNone;
     before -= own;
     std::uint32_t all = 0;
@@ -258,9 +265,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   auto& shared = ptx::pinned_in_shared<typename Config::SharedStorage>(shared_bytes);
   const int group = static_cast<int>(blockIdx.x), first = group * Config::kQueries;
   RowUnionBuilder<Config> builder(shared, args, args.first_row + first);
-  const int size = first + Config::kQueries <= tokens
-                       ? builder.build(unions.rows + std::int64_t{group} * unions.capacity)
-                       : builder.kNone;
+  const int size =
+      first + Config::kQueries <= tokens ? builder.build(unions, group) : builder.kNone;
   if (threadIdx.x != 0) return;
   if (size != builder.kNone) {
     unions.sizes[group] = size;
