@@ -27,7 +27,7 @@ template <int kQueries_>
 struct RowUnionsConfig {
   static constexpr int kQueries = kQueries_;
   static constexpr int kThreads = 512;
-  static constexpr int kCtasPerSm = kQueries == 2 ? 4 : 2;
+  static constexpr int kCtasPerSm = kQueries == 2 ? 4 : 3;
   static constexpr int kRows = 2048;  // of a token, at most
   static constexpr int kRowsOfThread = kRows / kThreads;
   static constexpr int kBucketBits = 11;
@@ -242,7 +242,11 @@ class RowUnionBuilder {
 #pragma unroll
       for (const std::uint32_t row : rows_[query]) {
         if (row == 0) continue;
-        rows[query == 0 && is_of_all(row) ? of_all++ : others++] = row;
+        if (query == 0 && is_of_all(row)) {
+          rows[of_all++] = row;
+        } else {
+          rows[others++] = row;
+        }
       }
     }
     return static_cast<int>(all % kOther + all / kOther);
