@@ -87,7 +87,8 @@ def flash_mla_sparse_fwd(
             [pages, page_size, 1, d_qk]; 8-bit [pages, page_size, 1, 656] (d_qk 576) or
             [pages, page_size, 1, 584] (d_qk 512), see docs/kv_cache_layout.md. With an 8-bit one q
             is bfloat16 (on the CPU also float16) and d_v 512; it saves the workspace of
-            ``gather_mla_kv_cache``, but on an H200 takes 1.1 to 1.4 times as long.
+            ``gather_mla_kv_cache``, but on an H200 takes 1.1 to 1.5 times as long, and up to 1.8
+            where few heads of neighbouring tokens share their rows.
         indices: int32 [s_q, 1, topk], rows of kv, or slots (page * page_size + offset) of the
             cache. One outside is invalid, wherever it stands: never read. Repeated ones count each
             time.
