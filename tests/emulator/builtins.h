@@ -109,11 +109,9 @@ template <typename T>
 T atomicAdd(T* at, T value) {
   return std::exchange(*at, *at + value);
 }
-inline unsigned atomicOr(unsigned* at, unsigned value) { return std::exchange(*at, *at | value); }
-inline unsigned atomicCAS(unsigned* at, unsigned expected, unsigned value) {
-  const unsigned before = *at;
-  if (before == expected) *at = value;
-  return before;
+template <typename T>
+T atomicExch(T* at, T value) {
+  return std::exchange(*at, value);
 }
 
 // Byte i of the result is byte (selector >> 4 i) % 8 of y:x.

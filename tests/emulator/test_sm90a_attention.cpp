@@ -241,30 +241,60 @@ TensorView drifting(Arena& arena, std::int64_t tokens, std::int64_t topk, std::i
   return indices;
 }
 
+struct SharedRows {
+  static constexpr std::int64_t kTokens = 26, kTopk = 300;
+  SparseFwdParams p;
+
+  SharedRows(Arena& arena, const Format& f, std::int64_t heads) {
+    p.q = arena.floats(f.query, {kTokens, heads, f.d_qk}, -1.0f, 1.0f);
+    p.kv = arena.empty_cache(f.dtype, 40, 64, f.width, 0);
+    arena.fill_latents(p.kv);
+    p.indices = drifting(arena, kTokens, kTopk, 40 * 64);
+    p.attn_sink = arena.floats(kF32, {heads}, -2.0f, 2.0f);
+    p.sm_scale = 1.0 / std::sqrt(static_cast<double>(f.d_qk));
+    p.d_v = kDimV;
+    p.workspace = arena.empty(DType::kUInt8, {cuda::sm90a_sparse_fwd_workspace_bytes(p)});
+  }
+  std::int32_t groups() const { return p.workspace.ptr<std::int32_t>()[0]; }
+  // Of groups, and by themselves.
+  std::int64_t tokens() const {
+    return groups() * (p.q.size(1) > 16 ? 2 : 4) + p.workspace.ptr<std::int32_t>()[1];
+  }
+};
+
 TEST(EmulatedAttention, SparsePrefillOfSharedRows) {
   for (const Format& f : {kBf16, kF16}) {
     for (const std::int64_t heads : {3, 16, 30}) {
       SCOPED_TRACE(std::string(f.name) + ", heads " + std::to_string(heads));
-      constexpr std::int64_t kTokens = 26, kTopk = 300;
       Arena arena(6);
-      SparseFwdParams p;
-      p.q = arena.floats(f.query, {kTokens, heads, f.d_qk}, -1.0f, 1.0f);
-      p.kv = arena.empty_cache(f.dtype, 40, 64, f.width, 0);
-      arena.fill_latents(p.kv);
-      p.indices = drifting(arena, kTokens, kTopk, 40 * 64);
-      p.attn_sink = arena.floats(kF32, {heads}, -2.0f, 2.0f);
-      if (heads == 16) p.topk_length = arena.ints({kTokens}, 250, kTopk);
-      p.sm_scale = 1.0 / std::sqrt(static_cast<double>(f.d_qk));
-      p.d_v = kDimV;
-      p.workspace = arena.empty(DType::kUInt8, {cuda::sm90a_sparse_fwd_workspace_bytes(p)});
+      SharedRows shared(arena, f, heads);
+      SparseFwdParams& p = shared.p;
+      if (heads == 16) p.topk_length = arena.ints({shared.kTokens}, 250, shared.kTopk);
       expect_prefill_like_cpu(arena, p);
-      const auto* counts = p.workspace.ptr<std::int32_t>();  // groups, and tokens of the others
-      EXPECT_EQ(counts[0] * (heads > 16 ? 2 : 4) + counts[1], kTokens);
-      EXPECT_GE(counts[0], 4);
-      EXPECT_GE(counts[1], 4);
+      EXPECT_EQ(shared.tokens(), shared.kTokens);
+      EXPECT_GE(shared.groups(), 4);
+      EXPECT_LE(shared.groups() * (heads > 16 ? 2 : 4), shared.kTokens - 4);
       p.batch_invariant = true;
       EXPECT_EQ(cuda::sm90a_sparse_fwd_workspace_bytes(p), 0);
     }
+  }
+}
+
+// A row that is no number is only of tokens that have it: others of their group are attended to
+// again.
+TEST(EmulatedAttention, SparsePrefillOfSharedRowsThatAreNoNumbers) {
+  for (const std::int64_t heads : {16, 30}) {
+    SCOPED_TRACE("heads " + std::to_string(heads));
+    Arena arena(8);
+    const Format& f = heads == 16 ? kBf16 : kF16;
+    SharedRows shared(arena, f, heads);
+    const SparseFwdParams& p = shared.p;
+    const auto* indices = p.indices.ptr<std::int32_t>() + 5 * shared.kTopk;  // of token 5
+    std::int64_t i = 0;
+    while (indices[i] < 0 || indices[i] >= 40 * 64 || indices[i] == indices[i - shared.kTopk]) ++i;
+    p.kv.ptr<std::uint16_t>()[indices[i] * f.width + 300] = 0x7FFF;  // NaN of both formats
+    expect_prefill_like_cpu(arena, p);
+    EXPECT_GT(shared.tokens(), shared.kTokens);
   }
 }
 

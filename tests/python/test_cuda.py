@@ -382,6 +382,18 @@ def test_sparse_fwd_of_shared_rows(h_q, d_qk, topk):
     assert torch.equal(whole[0], alone[0]) != are_shared
 
 
+@pytest.mark.parametrize("value", [float("nan"), INF, -INF])
+@pytest.mark.parametrize("h_q", [16, 32])
+def test_shared_rows_that_are_no_numbers(h_q, value):
+    """They are seen by the tokens that have them, not by others of their group."""
+    case = sharing_case(600, h_q, 576, 300)
+    indices = case["indices"][:, 0]
+    for token in (5, 107, 309, 402):
+        fresh = indices[token][(indices[token] != indices[token - 1]) & (indices[token] >= 0)]
+        case["kv"][fresh[fresh < case["kv"].shape[0]][0], 0, 300] = value
+    check_sparse(case)
+
+
 @pytest.mark.parametrize("h_q", [16, 32])
 @pytest.mark.parametrize("page_size", [1, 5, 64])
 def test_sparse_fwd_of_shared_rows_of_a_cache(h_q, page_size):

@@ -45,6 +45,9 @@ class LatentFwdValues {
       ptx::mbarrier_wait(shared_.full_factor[n % 2], n / 2 % 2);
       finish(shared_.out_factor[n % 2]);
       const AttentionPlace& at = shared_.tasks[n % 2].place;
+      if constexpr (Config::kQueries > 1) {
+        if (has_nan()) attend_alone(grid.unions, at);
+      }
       const auto sum = [&](int i) { return output(i); };
       if (args_.num_splits > 1) {
         stored().store(args_.partial_out + at.partial * Config::kDimV, at.heads, sum);
@@ -135,6 +138,19 @@ class LatentFwdValues {
     }
 #pragma unroll
     for (int i = 0; i < Config::kHalf / 2; ++i) output(i) *= factors[i / 2 % 2];
+  }
+
+  // Of this warp's heads, whose token may not have the row that it is of: P is 0, the product not.
+  __device__ bool has_nan() {
+    bool is_number = true;
+#pragma unroll
+    for (int i = 0; i < Config::kHalf / 2; ++i) is_number = is_number && output(i) == output(i);
+    return !__all_sync(~0u, is_number);
+  }
+  __device__ void attend_alone(const RowUnions& unions, const AttentionPlace& at) const {
+    const auto first = static_cast<int>(at.b - args_.first_row);
+    if (lane_ != 0 || atomicExch(&unions.sizes[first / Config::kQueries], -1) < 0) return;
+    unions.add_tokens(first, Config::kQueries);
   }
 
   // As LatentFwdOutput has them.

@@ -23,6 +23,12 @@ struct RowUnions {
   unsigned* tokens = nullptr;
   unsigned* counts = nullptr;
   int capacity = 0;
+
+  // Tokens that are to be attended to by themselves. By one thread.
+  __device__ void add_tokens(int first, int count) const {
+    const unsigned at = atomicAdd(&counts[1], static_cast<unsigned>(count));
+    for (int i = 0; i < count; ++i) tokens[at + i] = static_cast<unsigned>(first + i);
+  }
 };
 
 // The keys of a group of query tokens, numbered 0 .. size. What is fetched of one also tells which

@@ -276,9 +276,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     unions.sizes[group] = size;
     unions.groups[atomicAdd(&unions.counts[0], 1u)] = static_cast<unsigned>(group);
   } else {
-    const int count = min(Config::kQueries, tokens - first);
-    const unsigned at = atomicAdd(&unions.counts[1], static_cast<unsigned>(count));
-    for (int i = 0; i < count; ++i) unions.tokens[at + i] = static_cast<unsigned>(first + i);
+    unions.add_tokens(first, min(Config::kQueries, tokens - first));
   }
 }
 
