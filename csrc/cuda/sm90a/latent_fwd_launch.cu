@@ -140,11 +140,8 @@ struct UnionPlan {
 };
 
 template <int kQueries>
-using UnionsConfig = sm90a::RowUnionsConfig<kQueries>;
-
-template <int kQueries>
 UnionPlan plan_unions_of(const SparseFwdParams& p) {
-  using Config = UnionsConfig<kQueries>;
+  using Config = sm90a::RowUnionsConfig<kQueries>;
   constexpr std::int64_t kFewestRows = 256;  // of a token: below, too few to pay for unions
   const std::int64_t tokens = p.q.size(0), topk = p.indices.size(2);
   const std::int64_t groups = tokens / kQueries;
@@ -162,13 +159,13 @@ UnionPlan plan_unions_of(const SparseFwdParams& p) {
 UnionPlan plan_unions(const SparseFwdParams& p) {
   const std::int64_t heads = p.q.size(1);
   if (heads > kFewOfPrefill) return {};
-  return heads > 16 ? plan_unions_of<2>(p) : plan_unions_of<4>(p);
+  return heads > kHeads / 4 ? plan_unions_of<2>(p) : plan_unions_of<4>(p);
 }
 
 // Groups of kQueries tokens that have unions as tiles of 64 heads, the others' tokens as few heads.
 template <int kQueries, typename Latents>
 Status launch_unions(const SparseFwdParams& p, const UnionPlan& plan) {
-  using Config = UnionsConfig<kQueries>;
+  using Config = sm90a::RowUnionsConfig<kQueries>;
   const sm90a::RowUnions unions = plan.in(p.workspace);
   AttentionArgs args = make_attention_args(p);
   for (const std::int64_t step = plan.groups_per_launch * kQueries; args.first_row < p.q.size(0);
